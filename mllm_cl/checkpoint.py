@@ -1,0 +1,174 @@
+"""Checkpoints in the middle of a task: exactly what trains, one format on every engine, marker last.
+
+The stock checkpoints will not do: they lose a guarded router's delta when a PEFT model is resumed, miss
+fused experts' keys, and nothing tells a complete folder from a torn one. Tensors are safetensors, the rest JSON.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from mllm_cl import engine
+from mllm_cl.drift.guard import DriftGuard
+from mllm_cl.memory import Memory, load_tensors, save_tensors
+from mllm_cl.model.surgery import guards
+
+MARKER = "complete.json"
+
+
+def save(trainer: Trainer, folder: Path) -> Path:
+    """Write `folder/checkpoint-N`, whole or not at all, and drop old ones beyond `save_total_limit`. Collective."""
+    target = folder / f"checkpoint-{trainer.state.global_step}"
+    partial = folder / f".{target.name}.partial"
+    trained = trainer.trained()
+    weights = {name: engine.full(parameter) for name, parameter in trained.items()}
+    optimizer = engine.optimizer_state(trainer.optimizer, trained)
+    if engine.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_tensors(weights, partial / "trained.safetensors")
+        save_tensors(optimizer, partial / "optimizer.safetensors")
+        save_tensors(_guard_state(trainer), partial / "guards.safetensors")
+        trainer.memory.save(partial / "memory.safetensors")
+        trainer.state.save_to_json(str(partial / "trainer_state.json"))
+        write_json(partial / "scheduler.json", trainer.lr_scheduler.state_dict())
+    engine.barrier()
+    save_tensors(_random_state(), partial / f"random-{engine.rank()}.safetensors")
+    engine.barrier()
+    if engine.rank() == 0:
+        write_json(partial / MARKER, {path.name: _sha256(path) for path in sorted(partial.iterdir())})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        _drop_old(folder, trainer.args.save_total_limit)
+    engine.barrier()
+    return target
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint below `folder` whose every byte is as written, None without one."""
+    return next((path for path in reversed(_all(folder)) if is_complete(path)), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the marker is there and every file it names has the hash that it had."""
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        return all(_sha256(path / name) == digest for name, digest in marker.items())
+    except (OSError, ValueError):
+        return False
+
+
+def load(trainer: Trainer, path: Path) -> None:
+    """Put the weights, the optimizer, the schedule, the guards and the memory back. Collective."""
+    if not is_complete(path):
+        raise ValueError(f"checkpoint {path} is incomplete or was changed; delete it to go on from an earlier one")
+    trained = trainer.trained()
+    weights = load_tensors(path / "trained.safetensors")
+    if weights.keys() != trained.keys():
+        differ = sorted(weights.keys() ^ trained.keys())
+        raise ValueError(
+            f"checkpoint {path} trains other weights than this recipe ({len(differ)} differ, {differ[0]} is the first); "
+            "go back to the recipe that wrote it, or choose another output_dir"
+        )
+    for name, parameter in trained.items():
+        engine.write(parameter, weights[name])
+    engine.load_optimizer_state(trainer.optimizer, trained, load_tensors(path / "optimizer.safetensors"))
+    trainer.lr_scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
+    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    _load_guard_state(trainer, load_tensors(path / "guards.safetensors"))
+    trainer.memory.clear()
+    trainer.memory.update(Memory.load(path / "memory.safetensors"))
+
+
+def _guard_state(trainer: Trainer) -> dict[str, Tensor]:
+    tensors = {}
+    for path, one in guards(trainer.bare_model()).items():
+        parts = {"displacement": one.displacement, **one.g.state()}
+        if one.active_E is not None:
+            parts["active"] = one.active_E
+        tensors |= {f"{path}::{key}": value for key, value in parts.items()}
+    return tensors
+
+
+def _load_guard_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    for path, one in guards(trainer.bare_model()).items():
+        head = f"{path}::"
+        parts = {key[len(head) :]: value for key, value in tensors.items() if key.startswith(head)}
+        device = one.displacement.device
+        one.displacement, one.active_E = parts.pop("displacement"), parts.pop("active", None)
+        one.g = DriftGuard.from_state(parts)
+        one.move(device)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """The states of all generators as tensors: Python's, numpy's, torch's, and the accelerator's."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    assert (version, kind) == (3, "MT19937")
+    state = {
+        "python": torch.tensor(numbers),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_random_state(path: Path) -> None:
+    """Put this rank's generators back; a rank that had no file (more processes than before) keeps its own."""
+    file = path / f"random-{engine.rank()}.safetensors"
+    if not file.exists():
+        return
+    state = load_tensors(file)
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, atomically."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def drop(folder: Path) -> None:
+    """Remove all checkpoints below `folder`: a finished task needs none."""
+    for path in [*_all(folder), *folder.glob(".checkpoint-*.partial")]:
+        shutil.rmtree(path)
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _drop_old(folder: Path, limit: int | None) -> None:
+    for path in _all(folder)[: -limit if limit else 0]:
+        shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

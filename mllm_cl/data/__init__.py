@@ -1,0 +1,43 @@
+"""Samples and batches: the toy tasks drawn offline, data sets of one's own, and the collator for both."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from mllm_cl.task import Sample
+
+
+def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Sequence[Sample]:
+    """The samples of `toy:NAME`, or of a file, folder or hub data set with columns `messages` and `images`.
+
+    `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to test.
+    """
+    if data.startswith("toy:"):
+        from mllm_cl.data.toy import toy_task
+
+        number = size or (2000 if split == "train" else 200)
+        return toy_task(data.removeprefix("toy:"), split, number, seed)
+    from datasets import load_dataset
+
+    rows = load_dataset(data, split=split, **args)
+    missing = {"messages", "images"} - set(rows.column_names)
+    if missing:
+        raise ValueError(
+            f"{data} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}"
+        )
+    if "id" not in rows.column_names:
+        rows = rows.add_column("id", [f"{split}-{index}" for index in range(len(rows))])
+    return rows if size is None else rows.select(range(min(size, len(rows))))
+
+
+def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:
+    """16 hex digits of the length and of `probes` samples spread over the set, texts and pixels."""
+    digest = hashlib.sha256(str(len(samples)).encode())
+    for index in sorted(
+        {round(k * (len(samples) - 1) / max(probes - 1, 1)) for k in range(probes)}
+    ):
+        sample = samples[index]
+        digest.update(json.dumps([str(sample["id"]), sample["messages"]]).encode())
+        for image in sample["images"]:
+            digest.update(image.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,305 @@
+"""The only file that knows how parameters are sharded: names the engine, gathers, writes, reduces.
+
+Engines: `single`, `ddp`, `zero1`, `zero2`, `zero3` (DeepSpeed) and `fsdp2` (DTensors).
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def name(accelerator: Accelerator) -> str:
+    """The engine that `accelerator` trains with, one of `ENGINES`."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage == 0:
+            return "ddp" if accelerator.num_processes > 1 else "single"
+        return f"zero{stage}"
+    if kind == DistributedType.FSDP:
+        version = accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
+            raise ValueError("FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file")
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def check_launch(accelerator: Accelerator, model: nn.Module | None = None) -> None:
+    """Refuse the launches that train something else than was asked for, without a word.
+
+    A launcher that starts n processes of which each believes to be alone, FSDP that turned into DDP
+    (accelerate on a CPU does both), and ZeRO whose ranks read the same data are errors here.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {asked} processes, but accelerate sees {accelerator.num_processes}: each would "
+            "train a model of its own. On a machine without accelerators set 'training: {use_cpu: true}'."
+        )
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, but accelerate would train with {accelerator.distributed_type.value} "
+            "(it does so on a machine without accelerators). Choose another launch file."
+        )
+    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
+    if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"DeepSpeed was asked for, but accelerate would train with {accelerator.distributed_type.value}. "
+            "Unset ACCELERATE_USE_CPU, or put 'use_cpu: true' into the launch file instead."
+        )
+    if model is not None and name(accelerator) == "fsdp2":
+        if not any(_is_dtensor(parameter) for parameter in model.parameters()):
+            raise ValueError("FSDP2 was asked for, but no parameter of the model is sharded (no DTensor found)")
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _is_zero3(parameter: Tensor) -> bool:
+    # DeepSpeed marks what it partitions by attributes of its own; there is no type to ask for.
+    return "ds_id" in vars(parameter)
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    return "_hp_mapping" in vars(parameter) or (_is_zero3(parameter) and "_z3_optimizer" in vars(parameter))
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """The true shape of a parameter (under `zero.Init` the tensor itself has shape (0,))."""
+    return torch.Size(vars(parameter)["ds_shape"]) if _is_zero3(parameter) else parameter.shape
+
+
+def full(parameter: Tensor) -> Tensor:
+    """A detached copy of the whole parameter, from the fp32 master where there is one. Collective."""
+    if parameter.requires_grad and _is_zero(parameter):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach().clone()
+    if _is_zero3(parameter):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    if _is_dtensor(parameter):
+        return parameter.detach().full_tensor().clone()
+    return parameter.detach().clone()
+
+
+@torch.no_grad()
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Set the whole parameter, its shards and its fp32 master, to `value`. Collective."""
+    value = value.to(parameter.device)
+    if parameter.requires_grad and _is_zero(parameter):
+        _set_zero(parameter, value, None)
+    if _is_zero3(parameter):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            if rank() == 0:
+                parameter.data.copy_(value)
+    elif _is_dtensor(parameter):
+        parameter.copy_(_like(parameter, value))
+    else:
+        parameter.copy_(value)
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements)
+
+
+def _set_zero(parameter: Tensor, value: Tensor, key: str | None) -> None:
+    """Set the fp32 master (key None) or an optimizer state of a parameter that ZeRO partitions."""
+    from deepspeed import utils
+
+    value = value.to(torch.float32)
+    if not _is_zero3(parameter):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # ZeRO-3's setter of whole tensors fails where their length is no multiple of the world size.
+    part = vars(parameter)["ds_tensor"].numel()
+    flat = torch.zeros(part * world_size(), device=value.device)
+    flat[: value.numel()] = value.flatten()
+    local = flat.narrow(0, part * rank(), part)
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, local)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, local, key)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole optimizer state by `parameter name::state name`, the same on every engine. Collective.
+
+    Scalars (Adam's step) are kept per parameter; on ZeRO they are those of the flat partition.
+    """
+    inner = _inner(optimizer)
+    tensors: dict[str, Tensor] = {}
+    for parameter_name, parameter in parameters.items():
+        for key, value in _own_state(inner, parameter).items():
+            if value.dim() == 0:
+                tensors[f"{parameter_name}::{key}"] = value.detach().float().cpu()
+            elif _is_zero(parameter):
+                from deepspeed.utils import safe_get_full_optimizer_state
+
+                tensors[f"{parameter_name}::{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+            else:
+                tensors[f"{parameter_name}::{key}"] = full(value)
+    return tensors
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state` returned; the parameters keep their values. Collective."""
+    inner = _inner(optimizer)
+    for parameter_name, parameter in parameters.items():
+        head = f"{parameter_name}::"
+        saved = {key[len(head) :]: value for key, value in tensors.items() if key.startswith(head)}
+        if _is_zero(parameter):
+            _load_zero_state(inner, parameter, saved)
+        else:
+            inner.state[parameter] = {key: _placed(parameter, value) for key, value in saved.items()}
+
+
+def _placed(parameter: Tensor, value: Tensor) -> Tensor:
+    if value.dim() == 0:
+        return value.clone()
+    if _is_dtensor(parameter):
+        return _like(parameter, value.to(parameter.device))
+    return value.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that keeps the state, below accelerate's and DeepSpeed's wrappers."""
+    while "optimizer" in vars(optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _flat_partition(inner: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """The flat fp32 partition that holds `parameter` on this rank, None where it holds none of it."""
+    if _is_zero3(parameter):
+        zero = vars(parameter)["_z3_optimizer"]
+        return zero.fp32_partitioned_groups_flat[zero.grad_position[zero.get_param_id(parameter)][0]]
+    mapping = parameter._hp_mapping
+    return None if mapping is None else _owner(inner, mapping.hp_fragment)
+
+
+def _owner(inner: torch.optim.Optimizer, fragment: Tensor) -> Tensor:
+    """The flat tensor of `inner` whose storage `fragment` is a view of."""
+    for group in inner.param_groups:
+        for flat in group["params"]:
+            if flat.untyped_storage().data_ptr() == fragment.untyped_storage().data_ptr():
+                return flat
+    raise AssertionError("a ZeRO fragment belongs to no partition of the optimizer")
+
+
+def _own_state(inner: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    if not _is_zero(parameter):
+        return {key: value for key, value in inner.state[parameter].items() if torch.is_tensor(value)}
+    # A rank may own no part of a small parameter; the collectives below need the same keys on all.
+    return next((dict(state) for state in inner.state.values() if state), {})
+
+
+def _load_zero_state(inner: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Tensor]) -> None:
+    flat = _flat_partition(inner, parameter)
+    if flat is not None:
+        state = inner.state[flat]
+        for key, value in saved.items():
+            if value.dim() == 0:
+                state[key] = value.clone()
+            elif key not in state:
+                state[key] = torch.zeros_like(flat)
+        if not _is_zero3(parameter):
+            _link_state(parameter, flat, state)
+    for key, value in saved.items():
+        if value.dim() > 0:
+            _set_zero(parameter, value.to(parameter.device), key)
+
+
+def _link_state(parameter: Tensor, flat: Tensor, state: dict[str, Tensor]) -> None:
+    """Point the parameter's fragment at the optimizer state, which ZeRO-1/2 does at its first step only."""
+    mapping = parameter._hp_mapping
+    mapping.optim_fragment = {
+        key: value.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+        for key, value in state.items()
+        if torch.is_tensor(value) and value.dim() > 0 and value.shape == flat.shape
+    }
+
+
+def mark_leaves(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Tell ZeRO-3 to gather each of `blocks` as one, so that ranks with different experts do not hang."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+
+
+def launched_zero_stage() -> int:
+    """The ZeRO stage that the launch file asks for, before any model is built; 0 without DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("1", "true"):
+        return 0
+    found = re.search(r"\d", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
+    return int(found.group()) if found else 0
+
+
+def rank() -> int:
+    """This process's number in the group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all processes, on its own device. Collective."""
+    if world_size() == 1:
+        return tensor
+    on_cpu = dist.get_backend() == "gloo"
+    total = tensor.detach().clone() if on_cpu or tensor.is_cuda else tensor.detach().cuda()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def gather(items: list[JSON]) -> list[JSON]:
+    """All processes' lists, joined in the order of the ranks. Collective.
+
+    Items travel as JSON text, not pickled: what arrives is data, whoever sent it.
+    """
+    if world_size() == 1:
+        return items
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    text = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([text.numel()], device=device))
+    longest = int(max(size.item() for size in sizes))
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())))
+    parts = [bytes(part[: int(size)].cpu().tolist()) for part, size in zip(texts, sizes, strict=True)]
+    return [item for part in parts for item in json.loads(part)]

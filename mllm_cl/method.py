@@ -1,0 +1,165 @@
+"""What a continual method is: settings, and a few verbs that act on the model and on a memory."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mllm_cl.memory import Memory
+from mllm_cl.model import adapt
+from mllm_cl.model.adapt import Site
+from mllm_cl.model.surgery import only_train
+from mllm_cl.task import Sample, Task
+
+Batches = Iterable[dict[str, Tensor]]
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Settings of a continual method; whatever must survive a task goes into the memory.
+
+    A method acts on the model in two places that every engine respects: inside `forward` (surgery in
+    `before_task`) and in the loss. The runner calls the verbs in this order, once per task, on all ranks:
+    `before_task` (bare model), `train_set`, `start_task` (model on its engine, before the first step),
+    `loss` (every step), `after_task` (trained model). `batches` are collated samples of the task's
+    training data, this rank's share of a fixed seeded selection; `reduce` sums a tensor over ranks.
+    """
+
+    setting: ClassVar[str] = "instruction"
+    engines: ClassVar[tuple[str, ...]] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+    rehearsal: ClassVar[bool] = False
+    trains_once: ClassVar[bool] = False  # on all tasks at their end, instead of one after another
+
+    @property
+    def name(self) -> str:
+        """The name of the method: that of its file."""
+        return Path(type(self).__module__.replace(".", "/")).name
+
+    def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
+        """Put adapters and guards into the model and freeze the rest."""
+
+    def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample] | None:
+        """What to train on; None: nothing. `past` is empty unless the method declares `rehearsal`."""
+        return task.train
+
+    def start_task(
+        self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
+    ) -> None:
+        """Measure the task's data with the incoming model, before the first step."""
+
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
+    ) -> Tensor | None:
+        """A term to add to the task's loss (a mean per optimizer step), or None."""
+        return None
+
+    def after_task(
+        self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
+    ) -> None:
+        """Measure what the next task needs, and put it into the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Method):
+    """A method that trains chosen linears and the native routers; the settings are TRL's names.
+
+    `lora_target_modules` are suffixes, one regular expression, or "all-linear". With `use_peft` they
+    get a LoRA, without it their weights train whole. `num_experts` above 0 puts a routed mixture of as
+    many LoRA experts there instead (CoIN's MoELoRA, arXiv:2403.08350): rank and alpha are per expert.
+    `train_router` trains the routers that a sparse model was born with.
+    """
+
+    lora_target_modules: tuple[str, ...] | str = "all-linear"
+    use_peft: bool = True
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    num_experts: int = 0
+    top_k: int | None = None
+    train_router: bool = True
+    seed: int = 0
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The weights to train; adapters are put in place at the first call."""
+        native = adapt.router_sites(model) if self.train_router else []
+        return [*self._adapter_sites(model), *native]
+
+    def _adapter_sites(self, model: nn.Module) -> list[Site]:
+        patterns = self.lora_target_modules
+        if self.num_experts:
+            return adapt.moe_lora_sites(
+                model,
+                patterns,
+                num_experts=self.num_experts,
+                rank=self.lora_r,
+                alpha=self.lora_alpha,
+                top_k=self.top_k,
+                seed=self.seed,
+            )
+        if self.use_peft:
+            return adapt.lora_sites(
+                model,
+                patterns,
+                rank=self.lora_r,
+                alpha=self.lora_alpha,
+                dropout=self.lora_dropout,
+                seed=self.seed,
+            )
+        return adapt.weight_sites(model, patterns)
+
+    def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
+        """Adapters in place, their weights and the routers trainable, the rest frozen."""
+        only_train(model, [site.weight for site in self.sites(model)])
+
+
+def names() -> dict[str, Path]:
+    """The methods of the package by name: one file each, and the file's name is the method's."""
+    folder = Path(__file__).parent / "methods"
+    return {path.stem: path for path in sorted(folder.glob("*/*.py")) if not path.stem.startswith("_")}
+
+
+def load_method(name: str) -> type[Method]:
+    """The class of a method, by its name or by the path of a user's own `.py` file.
+
+    Raises ValueError for an unknown name (with the nearest known one) and for a file that does not
+    define exactly one `Method`.
+    """
+    if name.endswith(".py"):
+        return _the_method(_import_file(Path(name)), name)
+    known = names()
+    if name not in known:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown method {name!r}: {hint}known are {', '.join(known)}, or a path to a .py file")
+    module = importlib.import_module(f"mllm_cl.methods.{known[name].parent.name}.{name}")
+    return _the_method(module, name)
+
+
+def _import_file(path: Path):
+    if not path.is_file():
+        raise ValueError(f"method file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the names in annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def _the_method(module, name: str) -> type[Method]:
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise ValueError(f"{name} must define exactly one subclass of Method, but defines {len(own)}")
+    return own[0]

@@ -1,0 +1,1 @@
+"""Methods for instruction tuning: the tasks are questions and answers in text."""

@@ -1,0 +1,15 @@
+"""Sequential fine-tuning with the native routers frozen: the community's advice for sparse models.
+
+Differs from `finetune` in this alone. ESFT (arXiv:2407.01906) and most tuning guides do so.
+"""
+
+from dataclasses import dataclass
+
+from mllm_cl.method import Tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFrozen(Tuned):
+    """Train adapters or linears only; who is routed where changes with the inputs, never with the router."""
+
+    train_router: bool = False

@@ -1,0 +1,1 @@
+"""Scores of answers, and what follows from their matrix; imports nothing else of the package."""

@@ -1,0 +1,1 @@
+"""Surgery on Hugging Face models; imports `drift`, `engine` and transformers."""

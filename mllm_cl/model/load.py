@@ -1,0 +1,62 @@
+"""From a recipe's `model:` block to a model and its processor."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+class ModelSettings(Protocol):
+    """What of TRL's `ModelConfig` loading reads."""
+
+    model_name_or_path: str
+    model_revision: str | None
+    dtype: str
+    attn_implementation: str | None
+    trust_remote_code: bool
+
+
+def location(name: str) -> str:
+    """The folder or hub id behind a name: `toy:KIND` is a small model that comes with the package."""
+    if not name.startswith("toy:"):
+        return name
+    folder = ASSETS / f"tiny-{name.removeprefix('toy:').replace('_', '-')}"
+    if not folder.is_dir():
+        known = ", ".join(f"toy:{path.name.removeprefix('tiny-')}" for path in sorted(ASSETS.glob("tiny-*")))
+        raise ValueError(f"there is no {name}; the package has {known}")
+    return str(folder)
+
+
+def load_model(settings: ModelSettings) -> nn.Module:
+    """The model with its weights, by `from_pretrained` on any hub id or folder.
+
+    Vision-language models open as such, text-only ones as causal language models.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    where, common = location(settings.model_name_or_path), _common(settings)
+    config = AutoConfig.from_pretrained(where, **common)
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    kwargs: dict[str, Any] = {"dtype": dtype, **common}
+    if settings.attn_implementation is not None:
+        kwargs["attn_implementation"] = settings.attn_implementation
+    model = auto.from_pretrained(where, **kwargs)
+    model.config.use_cache = False
+    return model
+
+
+def load_processor(settings: ModelSettings):
+    """The processor (or, for text-only models, the tokenizer) that belongs to the model."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(location(settings.model_name_or_path), **_common(settings))
+
+
+def _common(settings: ModelSettings) -> dict[str, Any]:
+    return {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}

@@ -1,0 +1,65 @@
+"""The score matrix on a terminal: coloured for people, plain for log files."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mllm_cl.metrics.scores import matrix
+
+# seven steps of the colour map viridis, dark (0) to bright (1), and a readable text colour on each
+HEAT = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
+INK = ("white", "white", "white", "white", "black", "black", "black")
+SHOWN = ("average", "forgetting", "backward_transfer", "retain_average")
+
+
+def show(scores: Mapping[str, Any], file: TextIO | None = None) -> None:
+    """Print the matrix (content of `scores.json`) and its summary; colours only on a terminal."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(
+            file=file, width=10_000, color_system=None
+        )  # a log file has no edge to wrap at
+    console.print(_table(scores, plain=not console.is_terminal))
+    console.print(line(scores["summary"]), highlight=False)
+
+
+def line(summary: Mapping[str, float | None]) -> str:
+    """The summary's main numbers in one line; what is undefined is left out."""
+    known = {name: summary.get(name) for name in SHOWN}
+    return "   ".join(
+        f"{name.replace('_', ' ')} {x:.3f}" for name, x in known.items() if x is not None
+    )
+
+
+def _table(scores: Mapping[str, Any], *, plain: bool) -> Table:
+    tasks, retain = list(scores["tasks"]), list(scores["retain"])
+    set_apart = bool(retain) and not plain
+    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD)
+    table.add_column("after", no_wrap=True)
+    for name in tasks:
+        table.add_column(name, justify="right", no_wrap=True)
+    if set_apart:
+        table.add_column("|", style="dim")
+    for name in retain:
+        table.add_column(f"({name})", justify="right", no_wrap=True)
+    for row, values in zip(scores["rows"], matrix(scores["rows"], tasks + retain), strict=True):
+        cells = [
+            _cell(value, learnt=name == row["after"])
+            for name, value in zip(tasks + retain, values, strict=True)
+        ]
+        rule = [Text("|")] if set_apart else []
+        table.add_row(row["after"], *cells[: len(tasks)], *rule, *cells[len(tasks) :])
+    return table
+
+
+def _cell(value: float, *, learnt: bool) -> Text:
+    if math.isnan(value):
+        return Text("-", style="dim")
+    step = min(int(min(max(value, 0.0), 1.0) * len(HEAT)), len(HEAT) - 1)
+    weight = "bold underline " if learnt else ""
+    return Text(f"{value:.3f}", style=f"{weight}{INK[step]} on {HEAT[step]}")

@@ -1,0 +1,326 @@
+"""A run is a fold over tasks, and its state is a folder: each stage starts from the folder of the one before.
+
+    task_0/ the incoming model: zero-shot scores and, with `retain:`, what it already knows
+    task_1/ … the first task …, each with state, memory, predictions, drift and, last, scores.json
+"""
+
+import gc
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from mllm_cl import checkpoint, engine
+from mllm_cl.data import fingerprint, read
+from mllm_cl.data.chat import ChatCollator
+from mllm_cl.drift import measure as drift
+from mllm_cl.evaluate import Answer, answers
+from mllm_cl.memory import Memory, load_tensors, save_tensors
+from mllm_cl.metrics.answers import metric
+from mllm_cl.metrics.scores import ZERO_SHOT, table
+from mllm_cl.model.adapt import resting_experts
+from mllm_cl.model.anatomy import routers
+from mllm_cl.model.load import load_model, load_processor
+from mllm_cl.model.surgery import restore_state, trained_state
+from mllm_cl.model.watch import routing
+from mllm_cl.recipe import Recipe
+from mllm_cl.report import draw, show
+from mllm_cl.task import Sample, Task, TaskSequence
+from mllm_cl.trainer import Calibration, continual
+
+PROBE_SAMPLES = 32  # per task, on which routing is compared between stages
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop and has saved; the same command goes on."""
+
+
+def run(recipe: Recipe) -> Path:
+    """Train and score the tasks of `recipe` in turn; stages that are done are not done again.
+
+    Returns the output folder, whose `scores.json` holds the matrix. Collective: every process of a
+    launch calls it.
+    """
+    folder = Path(recipe.output_dir)
+    sequence = tasks_of(recipe)
+    stages = [0, len(sequence)] if recipe.method.trains_once else list(range(len(sequence) + 1))
+    for before, stage in zip([None, *stages], stages, strict=False):
+        if not _done(recipe, folder, stage):
+            _step(recipe, sequence, stage, folder, before)
+            if engine.launched_zero_stage() == 3 and stage < stages[-1]:
+                _start_afresh()
+    if engine.rank() == 0:
+        scores = _scores(recipe, folder, stages)
+        checkpoint.write_json(folder / "scores.json", scores)
+        recipe.save(folder / "recipe.yaml")
+        draw(scores, folder / "scores.png")
+        show(scores)
+    engine.barrier()
+    return folder
+
+
+def tasks_of(recipe: Recipe) -> TaskSequence:
+    """The tasks that a recipe names, with their data."""
+    tasks = [_task(block, index + 1, recipe.seed) for index, block in enumerate(recipe.tasks)]
+    retain = [_task(block, 0, recipe.seed) for block in recipe.retain]
+    return TaskSequence(tuple(tasks), tuple(retain))
+
+
+def _task(block, index: int, seed: int) -> Task:
+    train_size = None if index == 0 else block.train_size
+    return Task(
+        name=block.name,
+        index=index,
+        train=read(block.data, "train", train_size, seed, **block.args),
+        eval=read(block.data, "test", block.eval_size, 0, **block.args),
+        metric=metric(block.metric),
+    )
+
+
+def stage_folder(folder: Path, stage: int) -> Path:
+    """The folder of a stage: 0 is the incoming model, n the n-th task."""
+    return folder / f"task_{stage}"
+
+
+def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
+    """Whether a stage is complete. ValueError where it was made by a recipe that differs in what counts."""
+    path = stage_folder(folder, stage)
+    if not (path / "scores.json").exists():
+        return False
+    written = json.loads((path / "recipe.json").read_text())
+    wanted = json.loads(json.dumps(recipe.stage(stage - 1)))
+    if written != wanted:
+        key = next(key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key))
+        raise ValueError(
+            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, {json.dumps(wanted.get(key))} "
+            "in this recipe. Choose another output_dir, or go back to the recipe that is in the folder."
+        )
+    return True
+
+
+def _step(
+    recipe: Recipe, sequence: TaskSequence, stage: int, folder: Path, before: int | None
+) -> None:
+    """One stage: the folder of the stage before it, and the recipe, to its own folder."""
+    path = stage_folder(folder, stage)
+    arguments = _arguments(recipe, path)
+    set_seed(recipe.seed + stage)
+    model, processor = load_model(recipe.model), load_processor(recipe.model)
+    base = {name for name, _ in model.named_parameters()}
+    memory = Memory() if before is None else Memory.load(stage_folder(folder, before) / "memory.safetensors")
+    task, samples = _work(recipe, sequence, stage, memory)
+    trainer = continual(Trainer)(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=ChatCollator(processor),
+        method=recipe.method,
+        task=task,
+        memory=memory,
+    )
+    if before is not None:
+        restore_state(trainer.model, load_tensors(stage_folder(folder, before) / "state.safetensors"))
+    _train(trainer, stage, samples, path)
+    bare = trainer.bare_model()
+    given = _score(recipe, _scored(sequence, stage), bare, processor)
+    probes = _routing(bare, sequence, processor, stage, recipe)
+    state = trained_state(bare, base)
+    if engine.rank() == 0:
+        _write(path, recipe, stage, state, trainer, probes, given, sequence)
+    engine.barrier()
+    _release(trainer)
+
+
+def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
+    no_terminal = not sys.stderr.isatty()
+    settings = {
+        "save_total_limit": 2,
+        "disable_tqdm": no_terminal or engine.rank() > 0,
+        "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),
+        **recipe.training,
+    }
+    return TrainingArguments(
+        output_dir=str(path), seed=recipe.seed, remove_unused_columns=False, **settings
+    )
+
+
+def _work(
+    recipe: Recipe, sequence: TaskSequence, stage: int, memory: Memory
+) -> tuple[Task, Sequence[Sample] | None]:
+    """The task of a stage and what to train on; at stage 0 the retained data, to be measured only."""
+    if stage == 0:
+        from torch.utils.data import ConcatDataset
+
+        retained = ConcatDataset([task.train for task in sequence.retain]) if sequence.retain else None
+        first = sequence[0]
+        return Task("retain", 0, first.train, first.eval, first.metric), retained
+    task = sequence[stage - 1]
+    past = sequence.tasks[: stage - 1] if recipe.method.rehearsal else ()
+    return task, recipe.method.train_set(task, memory, past)
+
+
+def _train(trainer, stage: int, samples: Sequence[Sample] | None, path: Path) -> None:
+    if stage == 0 or samples is None:
+        trainer.prepare_for_evaluation()
+        if stage == 0 and samples is not None:
+            trainer.measure_task()
+        return
+    if engine.rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+    latest = checkpoint.newest(path) if engine.rank() == 0 else None
+    latest = engine.gather([str(latest)] if latest else [])
+    trainer.train(resume_from_checkpoint=latest[0] if latest else None)
+
+
+def _scored(sequence: TaskSequence, stage: int) -> list[Task]:
+    """What a stage is scored on: what is retained, what was learnt, and the next task (forward transfer)."""
+    tasks = sequence.tasks if stage == 0 else sequence.tasks[: stage + 1]
+    return [*sequence.retain, *tasks]
+
+
+def _score(
+    recipe: Recipe, tasks: Sequence[Task], model: nn.Module, processor
+) -> dict[str, list[Answer]]:
+    """The answers of the model as it is now, by task."""
+    quiet = not sys.stderr.isatty() or engine.rank() > 0
+    return {
+        task.name: answers(
+            model,
+            processor,
+            task.eval,
+            batch_size=recipe.eval.batch_size,
+            max_new_tokens=recipe.eval.max_new_tokens,
+            name=task.name,
+            quiet=quiet,
+        )
+        for task in tasks
+    }
+
+
+def _routing(model: nn.Module, sequence: TaskSequence, processor, stage: int, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Routing probabilities on fixed samples of what was learnt so far, by `task::router`. Collective."""
+    found = {path: module for path, module in routers(model).items()}
+    found |= {path: moe.router for path, moe in resting_experts(model).items()}
+    probes = {}
+    for task in (*sequence.retain, *sequence.tasks[:stage]) if found else ():
+        first = [task.eval[index] for index in range(min(PROBE_SAMPLES, len(task.eval)))]
+        batches = Calibration(first, ChatCollator(processor), num_tokens=10**9, batch_size=PROBE_SAMPLES, seed=0)
+        for router, probability_TE in routing(model, found, batches).items():
+            probes[f"{task.name}::{router}"] = probability_TE.half()
+    return probes
+
+
+def _write(path, recipe, stage, state, trainer, probes, given, sequence) -> None:
+    """Put a stage's results into its folder; scores.json comes last and says that all is there."""
+    save_tensors(state, path / "state.safetensors")
+    trainer.memory.save(path / "memory.safetensors")
+    save_tensors(probes, path / "routing.safetensors")
+    checkpoint.write_json(path / "drift.json", _drift(path, probes, stage))
+    checkpoint.write_json(path / "manifest.json", _manifest(recipe, trainer, sequence))
+    checkpoint.write_json(path / "recipe.json", recipe.stage(stage - 1))
+    for name, rows in given.items():
+        _write_lines(path / "predictions" / f"{name}.jsonl", [vars(row) for row in rows])
+    checkpoint.drop(path)
+    metrics = {task.name: task.metric for task in (*sequence.retain, *sequence.tasks)}
+    scores = {
+        name: metrics[name]([row.prediction for row in rows], [row.reference for row in rows])
+        for name, rows in given.items()
+    }
+    after = sequence[stage - 1].name if stage else ZERO_SHOT
+    checkpoint.write_json(path / "scores.json", {"after": after, "scores": scores})
+
+
+def _drift(path: Path, probes: dict[str, torch.Tensor], stage: int) -> dict[str, dict[str, float]]:
+    """How far routing on each learnt task's probe has moved since that task was learnt, by `task::router`."""
+    result = {}
+    for name, now_TE in probes.items():
+        learnt = _first_probe(path.parent, name, stage, now_TE).float()
+        now = now_TE.float()
+        result[name] = {
+            "overlap": float(drift.routing_overlap(learnt, now, k=min(2, now.shape[-1]))),
+            "distribution_overlap": float(drift.distribution_overlap(learnt, now)),
+            "kl": float(drift.routing_kl(learnt, now)),
+            "entropy": float(drift.routing_entropy(now)),
+        }
+    return result
+
+
+def _first_probe(folder: Path, name: str, stage: int, now: torch.Tensor) -> torch.Tensor:
+    for earlier in range(stage):
+        file = stage_folder(folder, earlier) / "routing.safetensors"
+        tensors = load_tensors(file) if file.exists() else {}
+        if name in tensors:
+            return tensors[name]
+    return now
+
+
+def _manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, object]:
+    arguments = trainer.args
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    packages = ("mllm_cl", "torch", "transformers", "accelerate", "peft", "deepspeed", "safetensors")
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "engine": trainer.engine,
+        "world_size": engine.world_size(),
+        "effective_batch": batch * engine.world_size(),
+        "seed": recipe.seed,
+        "data": {
+            task.name: {"train": fingerprint(task.train), "eval": fingerprint(task.eval)}
+            for task in (*sequence.retain, *sequence.tasks)
+        },
+        "trained_parameters": sum(engine.shape(p).numel() for p in trainer.trained().values()),
+        "memory_bytes": trainer.memory.num_bytes,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(partial, path)
+
+
+def _scores(recipe: Recipe, folder: Path, stages: list[int]) -> dict[str, object]:
+    rows = [json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages]
+    return table([block.name for block in recipe.tasks], [block.name for block in recipe.retain], rows)
+
+
+def _release(trainer) -> None:
+    """Let go of the model, the optimizer and the engine before the next stage makes new ones."""
+    if trainer.engine.startswith("zero") and trainer.deepspeed is not None:
+        trainer.deepspeed.destroy()
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _start_afresh() -> None:
+    """Go on in a new process image: ZeRO-3 engines outlive `destroy()` and hold on to their memory.
+
+    The launcher sees the same process; a new attempt number keeps the new group's keys apart from the old.
+    """
+    engine.barrier()
+    torch.distributed.destroy_process_group()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,200 @@
+"""Trains every case of the engine matrix on whatever engine this process was launched with.
+
+    python engine_script.py OUT MODELS      # OUT/ENGINE.json, OUT/ENGINE.safetensors
+    torchrun --standalone --nproc_per_node 2 engine_script.py OUT MODELS
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+NUM_STEPS, DISPLACED_AT = 20, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix, the engine apart."""
+
+    method: str
+    kind: str
+    checkpointing: bool
+    accumulation: int
+
+    @property
+    def name(self) -> str:
+        way = "checkpointed" if self.checkpointing else "plain"
+        return f"{self.method}/{self.kind}/{way}/{self.accumulation}"
+
+
+def cases() -> list[Case]:
+    found = []
+    for method, kind in (
+        ("finetune", "qwen3-vl-moe"),
+        ("moe_lora", "llava"),
+        ("same", "llava"),
+        ("same", "qwen3-vl-moe"),
+    ):
+        found += [Case(method, kind, False, 1), Case(method, kind, True, 1)]
+    return [*found, Case("same", "llava", False, 2), Case("same", "qwen3-vl-moe", False, 2)]
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate run FSDP2 on gloo: it turns it into DDP on a CPU. Test-only."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    def backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        if int(os.environ.get("LOCAL_RANK", -1)) != -1:
+            return "gloo", DistributedType.MULTI_GPU
+        return backend, DistributedType.NO
+
+    PartialState._prepare_backend = backend
+
+
+def skip_shared_memory_op() -> None:
+    """DeepSpeed would compile a shared-memory all-reduce for the CPU first; gloo gives the same numbers."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def method_of(case: Case):
+    from mllm_cl import load_method
+
+    if case.kind == "llava":
+        settings = {"lora_target_modules": ("q_proj", "v_proj", "down_proj"), "lora_r": 4, "num_experts": 4}
+    else:
+        settings = {"lora_target_modules": ("q_proj", "o_proj"), "use_peft": False, "num_experts": 0}
+    if case.method == "finetune":
+        settings.pop("num_experts")
+    return load_method(case.method)(**settings)
+
+
+def remember(case: Case, models: Path, folder: Path):
+    """The memory of a model that has already met another task: what there is to protect."""
+    trainer = make_trainer(case, models, None, folder, "colour")
+    trainer.prepare_for_evaluation()
+    trainer.measure_task()
+    return trainer.memory
+
+
+def train(case: Case, models: Path, memory, folder: Path) -> tuple[list[float], dict, dict]:
+    """Losses, displacements after five steps with their leaks; the memory then holds what was measured."""
+    from transformers import TrainerCallback
+
+    from mllm_cl import engine
+    from mllm_cl.model.surgery import guards
+
+    class Displacements(TrainerCallback):
+        """What every trained weight had moved by, whole, after a few steps."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step != DISPLACED_AT:
+                return
+            for name, one in guards(trainer.bare_model()).items():
+                step = one.step(engine.full(one.delta).float())
+                found[name], leaks[name] = step.clone(), float(one.g.leak(step).max())
+            if not found:
+                for name, parameter in trainer.trained().items():
+                    found[name] = engine.full(parameter)
+
+    found, leaks = {}, {}
+    trainer = make_trainer(case, models, memory, folder, "arrow", [Displacements()])
+    expected = os.environ["EXPECTED_ENGINE"]
+    assert trainer.engine == expected, f"launched {expected}, but trains with {trainer.engine}"
+    trainer.train()
+    if expected == "fsdp2":
+        from torch.distributed.tensor import DTensor
+
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.trained().values())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: tensor.detach().cpu() for name, tensor in found.items()}, leaks
+
+
+def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str, callbacks=()):
+    """The Trainer of one cell: a global batch of eight however it is cut, every engine alike."""
+    import torch
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from mllm_cl import Task, continual
+    from mllm_cl.data.chat import ChatCollator
+    from mllm_cl.data.toy import toy_task
+    from mllm_cl.metrics.answers import metric
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8 // world // case.accumulation,
+        gradient_accumulation_steps=case.accumulation,
+        max_steps=NUM_STEPS,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=case.checkpointing,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=os.environ.get("ACCELERATE_USE_FSDP", "") != "true",
+        seed=3,
+    )
+    set_seed(3)
+    where = models / case.kind
+    model = AutoModelForImageTextToText.from_pretrained(where, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(where)
+    samples = toy_task(task_name, "train", 160)
+    return continual(Trainer)(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=ChatCollator(processor),
+        method=method_of(case),
+        task=Task(task_name, 1, samples, samples, metric("exact_match")),
+        memory=memory,
+        calibration_tokens=2000,
+        callbacks=list(callbacks),
+    )
+
+
+def main(out: Path, models: Path) -> None:
+    expected = os.environ["EXPECTED_ENGINE"]
+    if expected == "fsdp2":
+        shard_on_cpu()
+    if expected.startswith("zero"):
+        skip_shared_memory_op()
+    import torch
+    from safetensors.torch import save_file
+
+    from mllm_cl import Memory, engine
+
+    torch.set_num_threads(1)
+    result, tensors = {}, {}
+    for case in cases():
+        past = out / f"memory-{case.method}-{case.kind}.safetensors"
+        with tempfile.TemporaryDirectory() as folder:
+            if expected == "single" and not past.exists():
+                remember(case, models, Path(folder)).save(past)
+            memory = Memory.load(past)
+            losses, moved, leaks = train(case, models, memory, Path(folder))
+        result[case.name] = {"losses": losses, "leaks": leaks}
+        tensors |= {f"{case.name}::moved::{name}": tensor for name, tensor in moved.items()}
+        tensors |= {f"{case.name}::memory::{name}": memory[name] for name in memory}
+    if engine.rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{expected}.safetensors")
+        (out / f"{expected}.json").write_text(json.dumps(result))
+    engine.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,147 @@
+"""What the command line prints and returns."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mllm_cl import cli
+from mllm_cl.metrics.scores import table
+from mllm_cl.report import draw, load_scores, show
+
+ROWS = [
+    {"after": "zero-shot", "scores": {"bars": 0.1, "dice": None, "base": 0.95}},
+    {"after": "bars", "scores": {"bars": 0.9, "base": 0.9}},
+    {"after": "dice", "scores": {"bars": 0.4, "dice": 0.8, "base": 0.7}},
+]
+SCORES = table(["bars", "dice"], ["base"], ROWS)
+
+
+def mllm_cl(*words):
+    command = [sys.executable, "-m", "mllm_cl", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seed: 1\nmodle: {}\n", "modle"),
+        ("model: {}\nmethod: {name: same}\ntasks: [{name: a, data: 'toy:bars'}]\n", "model.model"),
+        ("seed: [1\n", "not YAML"),
+        ("model: {}\nmethod: {name: same}\ntasks: []\n", "tasks"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_on_stderr_and_code_2(tmp_path, text, named):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    done = mllm_cl("run", path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert named in done.stderr and "bad.yaml" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_bad_override_or_a_missing_file_is_code_2(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("seed: 1\n")
+    for words in (
+        ["run", path, "--sead", "1"],
+        ["run", tmp_path / "none.yaml"],
+        ["report", tmp_path],
+    ):
+        done = mllm_cl(*words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    program = (
+        "import sys; from mllm_cl.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'matplotlib', 'yaml'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    seconds = time.perf_counter() - start
+    assert done.stderr.strip() == "[]" and "run" in done.stdout
+    assert seconds < 5  # half a second on an idle machine; ten times that on a busy one
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("mllm-cl 0.")
+
+
+def test_an_interrupted_command_returns_130(monkeypatch, capsys):
+    def interrupted(path, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mllm_cl.recipe.Recipe.load", interrupted)
+    assert cli.main(["run", "x.yaml"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_run_that_was_told_to_stop_but_saved_returns_3(monkeypatch, capsys):
+    runner = pytest.importorskip("mllm_cl.run")
+
+    def preempted(recipe):
+        raise runner.Preempted("at step 7 of task 1")
+
+    monkeypatch.setattr(runner, "run", preempted)
+    monkeypatch.setattr("mllm_cl.recipe.Recipe.load", lambda path, overrides: None)
+    assert cli.main(["run", "x.yaml"]) == 3
+    assert "step 7" in capsys.readouterr().err
+
+
+def test_tasks_are_listed(capsys):
+    assert cli.main(["list", "tasks"]) == 0
+    assert "toy:bars\n" in capsys.readouterr().out
+
+
+def test_every_method_is_listed_with_its_setting(capsys):
+    from mllm_cl.method import names
+
+    assert cli.main(["list", "methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[n, p.parent.name] for n, p in names().items()]
+
+
+def test_a_report_prints_the_matrix_and_draws_it(tmp_path, capsys):
+    (tmp_path / "task_0").mkdir()
+    (tmp_path / "task_0" / "scores.json").write_text(json.dumps(SCORES | {"rows": ROWS[:2]}))
+    for index in (2, 10):
+        (tmp_path / f"task_{index}").mkdir()
+        (tmp_path / f"task_{index}" / "scores.json").write_text(json.dumps(SCORES))
+    assert load_scores(tmp_path) == SCORES
+    assert cli.main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "average 0.600" in out and "forgetting 0.500" in out and "retain average 0.700" in out
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_report_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(ValueError, match=r"scores\.json"):
+        load_scores(tmp_path)
+
+
+def test_the_matrix_is_plain_where_nobody_looks_and_every_score_is_there():
+    file = io.StringIO()
+    show(SCORES, file)
+    assert "\x1b" not in file.getvalue() and file.getvalue().isascii()
+    for text in ("0.100", "0.900", "0.400", "0.800", "(base)", "after", "zero-shot"):
+        assert text in file.getvalue()
+
+
+def test_a_figure_needs_no_retained_data_and_takes_unfinished_runs(tmp_path):
+    draw(table(["bars", "dice"], [], ROWS[1:2]), tmp_path / "deep" / "one.png")
+    assert (tmp_path / "deep" / "one.png").stat().st_size > 5000
