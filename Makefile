@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/mllm-cl run recipes/quickstart.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engines'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engines' -n 2 --dist loadfile
 
 test-engines: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m engines

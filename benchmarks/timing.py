@@ -82,7 +82,10 @@ def table(title: str, records: list[dict], columns: tuple[str, ...]) -> str:
     """The chosen columns of the records as aligned text."""
     cells = [list(columns)] + [[str(record[key]) for key in columns] for record in records]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)) for row in cells]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
     return "\n".join([title, *lines])
 
 

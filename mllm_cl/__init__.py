@@ -4,7 +4,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Public names and where they live; each is imported when it is first used, so `import mllm_cl` is quick.
+# Public names and where they live; each is imported when it is first used, so `import mllm_cl` is
+# quick.
 _HOME = {
     "CovarianceTracker": "mllm_cl.drift.covariance",
     "DriftGuard": "mllm_cl.drift.guard",
@@ -16,6 +17,7 @@ _HOME = {
     "continual": "mllm_cl.trainer",
     "fold": "mllm_cl.model.surgery",
     "guard": "mllm_cl.model.surgery",
+    "learning": "mllm_cl.trainer",
     "load_method": "mllm_cl.method",
     "routers": "mllm_cl.model.anatomy",
     "run": "mllm_cl.runner",

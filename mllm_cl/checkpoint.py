@@ -1,7 +1,9 @@
-"""Checkpoints in the middle of a task: exactly what trains, one format on every engine, marker last.
+"""Checkpoints in the middle of a task: exactly what trains, one format on every engine, marker
+last.
 
-The stock checkpoints will not do: they lose a guarded router's delta when a PEFT model is resumed, miss
-fused experts' keys, and nothing tells a complete folder from a torn one. Tensors are safetensors, the rest JSON.
+The stock checkpoints will not do: they lose a guarded router's delta when a PEFT model is resumed,
+miss fused experts' keys, and nothing tells a complete folder from a torn one. Tensors are
+safetensors, the rest JSON.
 """
 
 import hashlib
@@ -19,13 +21,16 @@ from transformers import Trainer
 from mllm_cl import engine
 from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.memory import Memory, load_tensors, save_tensors
+from mllm_cl.model.adapt import rest
 from mllm_cl.model.surgery import guards
 
 MARKER = "complete.json"
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
-    """Write `folder/checkpoint-N`, whole or not at all, and drop old ones beyond `save_total_limit`. Collective."""
+    """Write `folder/checkpoint-N`, whole or not at all, and drop old ones beyond
+    `save_total_limit`. Collective.
+    """
     target = folder / f"checkpoint-{trainer.state.global_step}"
     partial = folder / f".{target.name}.partial"
     trained = trainer.trained()
@@ -44,7 +49,9 @@ def save(trainer: Trainer, folder: Path) -> Path:
     save_tensors(_random_state(), partial / f"random-{engine.rank()}.safetensors")
     engine.barrier()
     if engine.rank() == 0:
-        write_json(partial / MARKER, {path.name: _sha256(path) for path in sorted(partial.iterdir())})
+        write_json(
+            partial / MARKER, {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         _drop_old(folder, trainer.args.save_total_limit)
@@ -69,20 +76,28 @@ def is_complete(path: Path) -> bool:
 def load(trainer: Trainer, path: Path) -> None:
     """Put the weights, the optimizer, the schedule, the guards and the memory back. Collective."""
     if not is_complete(path):
-        raise ValueError(f"checkpoint {path} is incomplete or was changed; delete it to go on from an earlier one")
+        raise ValueError(
+            f"checkpoint {path} is incomplete or was changed; delete it to go on from an earlier "
+            "one"
+        )
     trained = trainer.trained()
     weights = load_tensors(path / "trained.safetensors")
     if weights.keys() != trained.keys():
         differ = sorted(weights.keys() ^ trained.keys())
         raise ValueError(
-            f"checkpoint {path} trains other weights than this recipe ({len(differ)} differ, {differ[0]} is the first); "
+            f"checkpoint {path} trains other weights than this recipe ({len(differ)} differ, "
+            f"{differ[0]} is the first); "
             "go back to the recipe that wrote it, or choose another output_dir"
         )
     for name, parameter in trained.items():
         engine.write(parameter, weights[name])
-    engine.load_optimizer_state(trainer.optimizer, trained, load_tensors(path / "optimizer.safetensors"))
+    engine.load_optimizer_state(
+        trainer.optimizer, trained, load_tensors(path / "optimizer.safetensors")
+    )
     trainer.lr_scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+    for group, rate in zip(
+        trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True
+    ):
         group["lr"] = rate
     _load_guard_state(trainer, load_tensors(path / "guards.safetensors"))
     trainer.memory.clear()
@@ -104,13 +119,14 @@ def _load_guard_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         head = f"{path}::"
         parts = {key[len(head) :]: value for key, value in tensors.items() if key.startswith(head)}
         device = one.displacement.device
-        one.displacement, one.active_E = parts.pop("displacement"), parts.pop("active", None)
+        one.displacement, one.active_E = parts["displacement"], parts.get("active")
         one.g = DriftGuard.from_state(parts)
         one.move(device)
+    rest(trainer.bare_model())
 
 
 def _random_state() -> dict[str, Tensor]:
-    """The states of all generators as tensors: Python's, numpy's, torch's, and the accelerator's."""
+    """The states of all generators as tensors: Python's, numpy's, torch's, the accelerator's."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     assert (version, kind) == (3, "MT19937")
@@ -128,7 +144,9 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def load_random_state(path: Path) -> None:
-    """Put this rank's generators back; a rank that had no file (more processes than before) keeps its own."""
+    """Put this rank's generators back; a rank that had no file (more processes than before) keeps
+    its own.
+    """
     file = path / f"random-{engine.rank()}.safetensors"
     if not file.exists():
         return
@@ -160,7 +178,11 @@ def drop(folder: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 

@@ -6,7 +6,8 @@ Engines: `single`, `ddp`, `zero1`, `zero2`, `zero3` (DeepSpeed) and `fsdp2` (DTe
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,9 @@ def name(accelerator: Accelerator) -> str:
     if kind == DistributedType.FSDP:
         version = accelerator.state.fsdp_plugin.fsdp_version
         if version != 2:
-            raise ValueError("FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file")
+            raise ValueError(
+                "FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file"
+            )
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
 
@@ -43,24 +46,29 @@ def check_launch(accelerator: Accelerator, model: nn.Module | None = None) -> No
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {asked} processes, but accelerate sees {accelerator.num_processes}: each would "
-            "train a model of its own. On a machine without accelerators set 'training: {use_cpu: true}'."
+            f"the launcher started {asked} processes, but accelerate sees "
+            f"{accelerator.num_processes}: each would train a model of its own. On a machine "
+            "without accelerators set use_cpu=True in TrainingArguments (mllm-cl run does)."
         )
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
-            f"FSDP was asked for, but accelerate would train with {accelerator.distributed_type.value} "
+            "FSDP was asked for, but accelerate would train with "
+            f"{accelerator.distributed_type.value} "
             "(it does so on a machine without accelerators). Choose another launch file."
         )
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
     if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError(
-            f"DeepSpeed was asked for, but accelerate would train with {accelerator.distributed_type.value}. "
+            "DeepSpeed was asked for, but accelerate would train with "
+            f"{accelerator.distributed_type.value}. "
             "Unset ACCELERATE_USE_CPU, or put 'use_cpu: true' into the launch file instead."
         )
-    if model is not None and name(accelerator) == "fsdp2":
-        if not any(_is_dtensor(parameter) for parameter in model.parameters()):
-            raise ValueError("FSDP2 was asked for, but no parameter of the model is sharded (no DTensor found)")
+    sharded = model is None or any(_is_dtensor(parameter) for parameter in model.parameters())
+    if name(accelerator) == "fsdp2" and not sharded:
+        raise ValueError(
+            "FSDP2 was asked for, but no parameter of the model is sharded (no DTensor found)"
+        )
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -75,7 +83,9 @@ def _is_zero3(parameter: Tensor) -> bool:
 
 
 def _is_zero(parameter: Tensor) -> bool:
-    return "_hp_mapping" in vars(parameter) or (_is_zero3(parameter) and "_z3_optimizer" in vars(parameter))
+    return "_hp_mapping" in vars(parameter) or (
+        _is_zero3(parameter) and "_z3_optimizer" in vars(parameter)
+    )
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -84,13 +94,13 @@ def shape(parameter: Tensor) -> torch.Size:
 
 
 def full(parameter: Tensor) -> Tensor:
-    """A detached copy of the whole parameter, from the fp32 master where there is one. Collective."""
+    """A detached copy of the whole parameter, from the fp32 master if there is one. Collective."""
     if parameter.requires_grad and _is_zero(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).detach().clone()
     if _is_zero3(parameter):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
@@ -106,7 +116,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
     if parameter.requires_grad and _is_zero(parameter):
         _set_zero(parameter, value, None)
     if _is_zero3(parameter):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             if rank() == 0:
@@ -145,8 +155,11 @@ def _set_zero(parameter: Tensor, value: Tensor, key: str | None) -> None:
         utils.safe_set_local_optimizer_state(parameter, local, key)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole optimizer state by `parameter name::state name`, the same on every engine. Collective.
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The whole optimizer state by `parameter name::state name`, the same on every engine.
+    Collective.
 
     Scalars (Adam's step) are kept per parameter; on ZeRO they are those of the flat partition.
     """
@@ -159,7 +172,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Tens
             elif _is_zero(parameter):
                 from deepspeed.utils import safe_get_full_optimizer_state
 
-                tensors[f"{parameter_name}::{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+                tensors[f"{parameter_name}::{key}"] = safe_get_full_optimizer_state(
+                    parameter, key
+                ).clone()
             else:
                 tensors[f"{parameter_name}::{key}"] = full(value)
     return tensors
@@ -176,7 +191,9 @@ def load_optimizer_state(
         if _is_zero(parameter):
             _load_zero_state(inner, parameter, saved)
         else:
-            inner.state[parameter] = {key: _placed(parameter, value) for key, value in saved.items()}
+            inner.state[parameter] = {
+                key: _placed(parameter, value) for key, value in saved.items()
+            }
 
 
 def _placed(parameter: Tensor, value: Tensor) -> Tensor:
@@ -195,10 +212,12 @@ def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _flat_partition(inner: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
-    """The flat fp32 partition that holds `parameter` on this rank, None where it holds none of it."""
+    """The flat fp32 partition that holds `parameter` on this rank, None where none of it is."""
     if _is_zero3(parameter):
         zero = vars(parameter)["_z3_optimizer"]
-        return zero.fp32_partitioned_groups_flat[zero.grad_position[zero.get_param_id(parameter)][0]]
+        return zero.fp32_partitioned_groups_flat[
+            zero.grad_position[zero.get_param_id(parameter)][0]
+        ]
     mapping = parameter._hp_mapping
     return None if mapping is None else _owner(inner, mapping.hp_fragment)
 
@@ -214,12 +233,16 @@ def _owner(inner: torch.optim.Optimizer, fragment: Tensor) -> Tensor:
 
 def _own_state(inner: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     if not _is_zero(parameter):
-        return {key: value for key, value in inner.state[parameter].items() if torch.is_tensor(value)}
+        return {
+            key: value for key, value in inner.state[parameter].items() if torch.is_tensor(value)
+        }
     # A rank may own no part of a small parameter; the collectives below need the same keys on all.
     return next((dict(state) for state in inner.state.values() if state), {})
 
 
-def _load_zero_state(inner: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Tensor]) -> None:
+def _load_zero_state(
+    inner: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Tensor]
+) -> None:
     flat = _flat_partition(inner, parameter)
     if flat is not None:
         state = inner.state[flat]
@@ -236,7 +259,9 @@ def _load_zero_state(inner: torch.optim.Optimizer, parameter: Tensor, saved: dic
 
 
 def _link_state(parameter: Tensor, flat: Tensor, state: dict[str, Tensor]) -> None:
-    """Point the parameter's fragment at the optimizer state, which ZeRO-1/2 does at its first step only."""
+    """Point the parameter's fragment at the optimizer state, which ZeRO-1/2 does at its first step
+    only.
+    """
     mapping = parameter._hp_mapping
     mapping.optim_fragment = {
         key: value.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
@@ -245,16 +270,48 @@ def _link_state(parameter: Tensor, flat: Tensor, state: dict[str, Tensor]) -> No
     }
 
 
+def wrap_what_exists(accelerator: Accelerator, model: nn.Module) -> None:
+    """Tell FSDP2 which of the blocks that the model's class names are in this model.
+
+    A LLaVA names its vision tower's text blocks too, and accelerate stops at the first that is
+    missing.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
+
+
 def mark_leaves(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Tell ZeRO-3 to gather each of `blocks` as one, so that ranks with different experts do not hang."""
+    """Tell ZeRO-3 to gather each of `blocks` as one, so that ranks with different experts do not
+    hang.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     for block in blocks:
         set_z3_leaf_module(block, True)
 
 
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Inside, `from_pretrained` builds whole models even when ZeRO-3 is launched."""
+    if launched_zero_stage() != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    config = deepspeed.deepspeed_config()
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+        assert deepspeed.deepspeed_config() is config
+
+
 def launched_zero_stage() -> int:
-    """The ZeRO stage that the launch file asks for, before any model is built; 0 without DeepSpeed."""
+    """The ZeRO stage that the launch asks for, before a model is built; 0 without DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("1", "true"):
         return 0
     found = re.search(r"\d", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
@@ -301,5 +358,7 @@ def gather(items: list[JSON]) -> list[JSON]:
     longest = int(max(size.item() for size in sizes))
     texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())))
-    parts = [bytes(part[: int(size)].cpu().tolist()) for part, size in zip(texts, sizes, strict=True)]
+    parts = [
+        bytes(part[: int(size)].cpu().tolist()) for part, size in zip(texts, sizes, strict=True)
+    ]
     return [item for part in parts for item in json.loads(part)]

@@ -1,4 +1,6 @@
-"""Answers of a model to the questions of a task, the same for any batch size and any number of processes."""
+"""Answers of a model to the questions of a task, the same for any batch size and any number of
+processes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ def answers(
             batch = ask([samples[index] for index in indices])
             texts = _generate(model, processor, batch, max_new_tokens)
             given += [[index, text] for index, text in zip(indices, texts, strict=True)]
-    by_index = {index: text for index, text in engine.gather(given)}
+    by_index = dict(engine.gather(given))
     return [
         Answer(str(sample["id"]), by_index[index], reference(sample))
         for index, sample in enumerate(samples[position] for position in range(len(samples)))
@@ -61,17 +63,23 @@ def reference(sample: Sample) -> str:
 
 
 def _rounds(number: int, batch_size: int) -> list[list[int]]:
-    """This rank's batches of indices; short shares are filled with the last index, which is answered twice."""
+    """This rank's batches of indices; short shares are filled with the last index, which is
+    answered twice.
+    """
     world = engine.world_size()
     padded = [min(index, number - 1) for index in range(-(-number // world) * world)]
     mine = padded[engine.rank() :: world]
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
-def _generate(model: nn.Module, processor, batch: dict[str, Tensor], max_new_tokens: int) -> list[str]:
+def _generate(
+    model: nn.Module, processor, batch: dict[str, Tensor], max_new_tokens: int
+) -> list[str]:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items()}
-    tokenizer = getattr(processor, "tokenizer", processor)  # a text-only model's processor is its tokenizer
+    tokenizer = getattr(
+        processor, "tokenizer", processor
+    )  # a text-only model's processor is its tokenizer
     with torch.no_grad():
         tokens = model.generate(
             **inputs,
@@ -82,4 +90,6 @@ def _generate(model: nn.Module, processor, batch: dict[str, Tensor], max_new_tok
             eos_token_id=tokenizer.eos_token_id,
             synced_gpus=engine.world_size() > 1,
         )
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )

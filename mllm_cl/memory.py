@@ -1,10 +1,11 @@
-"""What a method must remember between tasks: a flat dictionary of CPU tensors, one safetensors file."""
+"""What a method must remember between tasks: a flat dictionary of CPU tensors, one safetensors
+file.
+"""
 
 import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from torch import Tensor
 class Memory(MutableMapping[str, Tensor]):
     """A flat mapping of names to CPU tensors that survives from task to task.
 
-    Names are paths, `same/model.layers.0.mlp.gate/moment`; `memory.under(prefix)` is the view below one.
-    Nothing but tensors goes in, so nothing has to be pickled.
+    Names are paths, `same/model.layers.0.mlp.gate/moment`; `memory.under(prefix)` is the view below
+    one. Nothing but tensors goes in, so nothing has to be pickled.
     """
 
     def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
@@ -26,7 +27,9 @@ class Memory(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"memory holds tensors only, but {name!r} is a {type(tensor).__name__}")
+            raise ValueError(
+                f"memory holds tensors only, but {name!r} is a {type(tensor).__name__}"
+            )
         self._tensors[name] = tensor.detach().cpu().contiguous().clone()
 
     def __delitem__(self, name: str) -> None:
@@ -57,7 +60,9 @@ class Memory(MutableMapping[str, Tensor]):
             self[head + name] = tensor
 
     def save(self, path: str | Path) -> None:
-        """Write the tensors to `path` atomically, in the order of their names (equal memory, equal bytes)."""
+        """Write the tensors to `path` atomically, in the order of their names (equal memory, equal
+        bytes).
+        """
         save_tensors({name: self[name] for name in self}, path)
 
     @classmethod
@@ -67,7 +72,7 @@ class Memory(MutableMapping[str, Tensor]):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Write a flat dictionary of tensors as safetensors, atomically: the file is whole or absent."""
+    """Write a dictionary of tensors as safetensors, atomically: the file is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -79,6 +84,8 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file into a dictionary."""
-    return load_file(str(path), device=str(device))
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file into a dictionary of CPU tensors."""
+    # A file's tensors lie at any offset, and matrix products round by alignment: the copies do not
+    # differ.
+    return {name: tensor.clone() for name, tensor in load_file(str(path)).items()}

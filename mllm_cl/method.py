@@ -24,17 +24,22 @@ Reduce = Callable[[Tensor], Tensor]
 class Method:
     """Settings of a continual method; whatever must survive a task goes into the memory.
 
-    A method acts on the model in two places that every engine respects: inside `forward` (surgery in
-    `before_task`) and in the loss. The runner calls the verbs in this order, once per task, on all ranks:
-    `before_task` (bare model), `train_set`, `start_task` (model on its engine, before the first step),
-    `loss` (every step), `after_task` (trained model). `batches` are collated samples of the task's
-    training data, this rank's share of a fixed seeded selection; `reduce` sums a tensor over ranks.
+    A method acts on the model in two places that every engine respects: inside `forward` (surgery
+    in `before_task`) and in the loss. The runner calls the verbs in this order, once per task, on
+    all ranks: `before_task` (bare model), `train_set`, `start_task` (model on its engine, before
+    the first step), `loss` (every step), `after_task` (trained model). `batches` are collated
+    samples of the task's training data, this rank's share of a fixed seeded selection; `reduce`
+    sums a tensor over ranks.
     """
 
     setting: ClassVar[str] = "instruction"
     engines: ClassVar[tuple[str, ...]] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
     rehearsal: ClassVar[bool] = False
     trains_once: ClassVar[bool] = False  # on all tasks at their end, instead of one after another
+
+    # What `batches` may hold of a task; ESFT scores experts on as many (arXiv:2407.01906, 32 x
+    # 4096).
+    calibration_tokens: int = 131_072
 
     @property
     def name(self) -> str:
@@ -44,8 +49,10 @@ class Method:
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put adapters and guards into the model and freeze the rest."""
 
-    def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample] | None:
-        """What to train on; None: nothing. `past` is empty unless the method declares `rehearsal`."""
+    def train_set(
+        self, task: Task, memory: Memory, past: Sequence[Task]
+    ) -> Sequence[Sample] | None:
+        """What to train on, None: nothing. `past` is empty without `rehearsal`."""
         return task.train
 
     def start_task(
@@ -69,10 +76,10 @@ class Method:
 class Tuned(Method):
     """A method that trains chosen linears and the native routers; the settings are TRL's names.
 
-    `lora_target_modules` are suffixes, one regular expression, or "all-linear". With `use_peft` they
-    get a LoRA, without it their weights train whole. `num_experts` above 0 puts a routed mixture of as
-    many LoRA experts there instead (CoIN's MoELoRA, arXiv:2403.08350): rank and alpha are per expert.
-    `train_router` trains the routers that a sparse model was born with.
+    `lora_target_modules` are suffixes, one regular expression, or "all-linear". With `use_peft`
+    they get a LoRA, without it their weights train whole. `num_experts` above 0 puts a routed
+    mixture of as many LoRA experts there instead (CoIN's MoELoRA, arXiv:2403.08350): rank and alpha
+    are per expert. `train_router` trains the routers that a sparse model was born with.
     """
 
     lora_target_modules: tuple[str, ...] | str = "all-linear"
@@ -121,7 +128,9 @@ class Tuned(Method):
 def names() -> dict[str, Path]:
     """The methods of the package by name: one file each, and the file's name is the method's."""
     folder = Path(__file__).parent / "methods"
-    return {path.stem: path for path in sorted(folder.glob("*/*.py")) if not path.stem.startswith("_")}
+    return {
+        path.stem: path for path in sorted(folder.glob("*/*.py")) if not path.stem.startswith("_")
+    }
 
 
 def load_method(name: str) -> type[Method]:
@@ -138,7 +147,9 @@ def load_method(name: str) -> type[Method]:
 
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown method {name!r}: {hint}known are {', '.join(known)}, or a path to a .py file")
+        raise ValueError(
+            f"unknown method {name!r}: {hint}known are {', '.join(known)}, or a path to a .py file"
+        )
     module = importlib.import_module(f"mllm_cl.methods.{known[name].parent.name}.{name}")
     return _the_method(module, name)
 
@@ -158,8 +169,12 @@ def _the_method(module, name: str) -> type[Method]:
     own = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
     ]
     if len(own) != 1:
-        raise ValueError(f"{name} must define exactly one subclass of Method, but defines {len(own)}")
+        raise ValueError(
+            f"{name} must define exactly one subclass of Method, but defines {len(own)}"
+        )
     return own[0]

@@ -1,21 +1,25 @@
-"""A run is a fold over tasks, and its state is a folder: each stage starts from the folder of the one before.
+"""A run is a fold over tasks, and its state is a folder: each stage starts from the folder of the
+one before.
 
-    task_0/ the incoming model: zero-shot scores and, with `retain:`, what it already knows
-    task_1/ … the first task …, each with state, memory, predictions, drift and, last, scores.json
+task_0/ the incoming model: zero-shot scores and, with `retain:`, what it already knows
+task_1/ … the first task …, each with state, memory, predictions, drift and, last, scores.json
 """
 
+import contextlib
 import gc
 import json
 import os
 import platform
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from mllm_cl import checkpoint, engine
 from mllm_cl.data import fingerprint, read
@@ -25,8 +29,8 @@ from mllm_cl.evaluate import Answer, answers
 from mllm_cl.memory import Memory, load_tensors, save_tensors
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.scores import ZERO_SHOT, table
+from mllm_cl.model import anatomy
 from mllm_cl.model.adapt import resting_experts
-from mllm_cl.model.anatomy import routers
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
 from mllm_cl.model.watch import routing
@@ -50,6 +54,7 @@ def run(recipe: Recipe) -> Path:
     """
     folder = Path(recipe.output_dir)
     sequence = tasks_of(recipe)
+    _hush()
     stages = [0, len(sequence)] if recipe.method.trains_once else list(range(len(sequence) + 1))
     for before, stage in zip([None, *stages], stages, strict=False):
         if not _done(recipe, folder, stage):
@@ -64,6 +69,16 @@ def run(recipe: Recipe) -> Path:
         show(scores)
     engine.barrier()
     return folder
+
+
+def _hush() -> None:
+    """Bars only where somebody watches, and transformers' advice about its own files nowhere."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
@@ -90,17 +105,22 @@ def stage_folder(folder: Path, stage: int) -> Path:
 
 
 def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
-    """Whether a stage is complete. ValueError where it was made by a recipe that differs in what counts."""
+    """Whether a stage is complete. ValueError where it was made by a recipe that differs in what
+    counts.
+    """
     path = stage_folder(folder, stage)
     if not (path / "scores.json").exists():
         return False
     written = json.loads((path / "recipe.json").read_text())
     wanted = json.loads(json.dumps(recipe.stage(stage - 1)))
     if written != wanted:
-        key = next(key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key))
+        key = next(
+            key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key)
+        )
         raise ValueError(
-            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, {json.dumps(wanted.get(key))} "
-            "in this recipe. Choose another output_dir, or go back to the recipe that is in the folder."
+            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, "
+            f"{json.dumps(wanted.get(key))} in this recipe. Choose another output_dir, or go "
+            "back to the recipe that is in the folder."
         )
     return True
 
@@ -109,12 +129,16 @@ def _step(
     recipe: Recipe, sequence: TaskSequence, stage: int, folder: Path, before: int | None
 ) -> None:
     """One stage: the folder of the stage before it, and the recipe, to its own folder."""
-    path = stage_folder(folder, stage)
+    path, start = stage_folder(folder, stage), time.monotonic()
     arguments = _arguments(recipe, path)
     set_seed(recipe.seed + stage)
     model, processor = load_model(recipe.model), load_processor(recipe.model)
     base = {name for name, _ in model.named_parameters()}
-    memory = Memory() if before is None else Memory.load(stage_folder(folder, before) / "memory.safetensors")
+    memory = (
+        Memory()
+        if before is None
+        else Memory.load(stage_folder(folder, before) / "memory.safetensors")
+    )
     task, samples = _work(recipe, sequence, stage, memory)
     trainer = continual(Trainer)(
         model=model,
@@ -125,17 +149,39 @@ def _step(
         task=task,
         memory=memory,
     )
+    if not sys.stderr.isatty():
+        trainer.remove_callback(PrinterCallback)  # log.json keeps what it would print
     if before is not None:
-        restore_state(trainer.model, load_tensors(stage_folder(folder, before) / "state.safetensors"))
+        restore_state(
+            trainer.model, load_tensors(stage_folder(folder, before) / "state.safetensors")
+        )
+    if stage == 0 and engine.rank() == 0:
+        _tell_what_trains(trainer)
     _train(trainer, stage, samples, path)
     bare = trainer.bare_model()
     given = _score(recipe, _scored(sequence, stage), bare, processor)
     probes = _routing(bare, sequence, processor, stage, recipe)
     state = trained_state(bare, base)
     if engine.rank() == 0:
-        _write(path, recipe, stage, state, trainer, probes, given, sequence)
+        scores = _write(path, recipe, stage, state, trainer, probes, given, sequence)
+        told = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        done = f"{stage}/{len(sequence)} {sequence[stage - 1].name if stage else ZERO_SHOT}"
+        print(f"{done}: {told}  ({time.monotonic() - start:.0f} s)", flush=True)
     engine.barrier()
     _release(trainer)
+
+
+def _tell_what_trains(trainer) -> None:
+    """Print the weights that the method trains: what matched, before hours are spent on it."""
+    from rich.console import Console
+
+    shapes = {
+        name.removesuffix("_guard.delta"): engine.shape(parameter)
+        for name, parameter in trainer.trained().items()
+    }
+    if shapes:
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        console.print(anatomy.shape_table(shapes, "trained"))
 
 
 def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
@@ -155,11 +201,13 @@ def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
 def _work(
     recipe: Recipe, sequence: TaskSequence, stage: int, memory: Memory
 ) -> tuple[Task, Sequence[Sample] | None]:
-    """The task of a stage and what to train on; at stage 0 the retained data, to be measured only."""
+    """The task of a stage and what to train on; at stage 0 the retained data, measured only."""
     if stage == 0:
         from torch.utils.data import ConcatDataset
 
-        retained = ConcatDataset([task.train for task in sequence.retain]) if sequence.retain else None
+        retained = (
+            ConcatDataset([task.train for task in sequence.retain]) if sequence.retain else None
+        )
         first = sequence[0]
         return Task("retain", 0, first.train, first.eval, first.metric), retained
     task = sequence[stage - 1]
@@ -181,7 +229,9 @@ def _train(trainer, stage: int, samples: Sequence[Sample] | None, path: Path) ->
 
 
 def _scored(sequence: TaskSequence, stage: int) -> list[Task]:
-    """What a stage is scored on: what is retained, what was learnt, and the next task (forward transfer)."""
+    """What a stage is scored on: what is retained, what was learnt, and the next task (forward
+    transfer).
+    """
     tasks = sequence.tasks if stage == 0 else sequence.tasks[: stage + 1]
     return [*sequence.retain, *tasks]
 
@@ -205,26 +255,33 @@ def _score(
     }
 
 
-def _routing(model: nn.Module, sequence: TaskSequence, processor, stage: int, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Routing probabilities on fixed samples of what was learnt so far, by `task::router`. Collective."""
-    found = {path: module for path, module in routers(model).items()}
+def _routing(
+    model: nn.Module, sequence: TaskSequence, processor, stage: int, recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """Routing probabilities on fixed samples of what was learnt so far, by `task::router`.
+    Collective.
+    """
+    found = dict(anatomy.routers(model))
     found |= {path: moe.router for path, moe in resting_experts(model).items()}
     probes = {}
     for task in (*sequence.retain, *sequence.tasks[:stage]) if found else ():
         first = [task.eval[index] for index in range(min(PROBE_SAMPLES, len(task.eval)))]
-        batches = Calibration(first, ChatCollator(processor), num_tokens=10**9, batch_size=PROBE_SAMPLES, seed=0)
+        batches = Calibration(
+            first, ChatCollator(processor), num_tokens=10**9, batch_size=PROBE_SAMPLES, seed=0
+        )
         for router, probability_TE in routing(model, found, batches).items():
             probes[f"{task.name}::{router}"] = probability_TE.half()
     return probes
 
 
-def _write(path, recipe, stage, state, trainer, probes, given, sequence) -> None:
+def _write(path, recipe, stage, state, trainer, probes, given, sequence) -> dict[str, float]:
     """Put a stage's results into its folder; scores.json comes last and says that all is there."""
     save_tensors(state, path / "state.safetensors")
     trainer.memory.save(path / "memory.safetensors")
     save_tensors(probes, path / "routing.safetensors")
     checkpoint.write_json(path / "drift.json", _drift(path, probes, stage))
     checkpoint.write_json(path / "manifest.json", _manifest(recipe, trainer, sequence))
+    checkpoint.write_json(path / "log.json", trainer.state.log_history)
     checkpoint.write_json(path / "recipe.json", recipe.stage(stage - 1))
     for name, rows in given.items():
         _write_lines(path / "predictions" / f"{name}.jsonl", [vars(row) for row in rows])
@@ -236,10 +293,13 @@ def _write(path, recipe, stage, state, trainer, probes, given, sequence) -> None
     }
     after = sequence[stage - 1].name if stage else ZERO_SHOT
     checkpoint.write_json(path / "scores.json", {"after": after, "scores": scores})
+    return scores
 
 
 def _drift(path: Path, probes: dict[str, torch.Tensor], stage: int) -> dict[str, dict[str, float]]:
-    """How far routing on each learnt task's probe has moved since that task was learnt, by `task::router`."""
+    """How far routing on each learnt task's probe has moved since that task was learnt, by
+    `task::router`.
+    """
     result = {}
     for name, now_TE in probes.items():
         learnt = _first_probe(path.parent, name, stage, now_TE).float()
@@ -247,7 +307,7 @@ def _drift(path: Path, probes: dict[str, torch.Tensor], stage: int) -> dict[str,
         result[name] = {
             "overlap": float(drift.routing_overlap(learnt, now, k=min(2, now.shape[-1]))),
             "distribution_overlap": float(drift.distribution_overlap(learnt, now)),
-            "kl": float(drift.routing_kl(learnt, now)),
+            "kl": float(drift.routing_kl(learnt.log(), now.log())),
             "entropy": float(drift.routing_entropy(now)),
         }
     return result
@@ -265,9 +325,18 @@ def _first_probe(folder: Path, name: str, stage: int, now: torch.Tensor) -> torc
 def _manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, object]:
     arguments = trainer.args
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    packages = ("mllm_cl", "torch", "transformers", "accelerate", "peft", "deepspeed", "safetensors")
+    packages = (
+        "mllm_cl",
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "deepspeed",
+        "safetensors",
+    )
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in packages},
         "engine": trainer.engine,
         "world_size": engine.world_size(),
         "effective_batch": batch * engine.world_size(),
@@ -296,8 +365,12 @@ def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _scores(recipe: Recipe, folder: Path, stages: list[int]) -> dict[str, object]:
-    rows = [json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages]
-    return table([block.name for block in recipe.tasks], [block.name for block in recipe.retain], rows)
+    rows = [
+        json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages
+    ]
+    return table(
+        [block.name for block in recipe.tasks], [block.name for block in recipe.retain], rows
+    )
 
 
 def _release(trainer) -> None:
@@ -315,12 +388,27 @@ def _release(trainer) -> None:
 def _start_afresh() -> None:
     """Go on in a new process image: ZeRO-3 engines outlive `destroy()` and hold on to their memory.
 
-    The launcher sees the same process; a new attempt number keeps the new group's keys apart from the old.
+    The launcher sees the same processes. They meet again at a port of their own, since the
+    launcher's store still holds the addresses of the old group.
     """
+    ports = engine.gather([_free_port()] if engine.rank() == 0 else [])
     engine.barrier()
     torch.distributed.destroy_process_group()
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    os.environ |= {"MASTER_PORT": str(ports[0]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     sys.stdout.flush()
     sys.stderr.flush()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        if int(name) > 2:  # sockets of the old group would stay open in the new image
+            _close_on_exec(int(name))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _close_on_exec(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # the one that listed the folder is closed by now
+        os.set_inheritable(descriptor, False)
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("", 0))
+        return opened.getsockname()[1]

@@ -29,7 +29,8 @@ class Task:
 class TaskSequence:
     """The tasks in the order in which they are learnt, and the sets that are only retained.
 
-    `retain` names what the model knows before the first task: measured and scored, never trained on.
+    `retain` names what the model knows before the first task: measured and scored, never trained
+    on.
     """
 
     tasks: tuple[Task, ...]
@@ -39,7 +40,9 @@ class TaskSequence:
         names = [task.name for task in (*self.retain, *self.tasks)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"task names must be unique, but these appear twice: {', '.join(twice)}")
+            raise ValueError(
+                f"task names must be unique, but these appear twice: {', '.join(twice)}"
+            )
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

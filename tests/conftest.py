@@ -1,4 +1,6 @@
-"""What all tests share: no network, one thread, upstream deprecations raised by our own lines are errors."""
+"""What all tests share: no network, one thread, upstream deprecations raised by our own lines are
+errors.
+"""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Trains every case of the engine matrix on whatever engine this process was launched with.
 
-    python engine_script.py OUT MODELS      # OUT/ENGINE.json, OUT/ENGINE.safetensors
-    torchrun --standalone --nproc_per_node 2 engine_script.py OUT MODELS
+python engine_script.py OUT MODELS      # OUT/ENGINE.json, OUT/ENGINE.safetensors
+torchrun --standalone --nproc_per_node 2 engine_script.py OUT MODELS
 """
 
 import json
@@ -55,7 +55,9 @@ def shard_on_cpu() -> None:
 
 
 def skip_shared_memory_op() -> None:
-    """DeepSpeed would compile a shared-memory all-reduce for the CPU first; gloo gives the same numbers."""
+    """DeepSpeed would compile a shared-memory all-reduce for the CPU first; gloo gives the same
+    numbers.
+    """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,12 +67,20 @@ def method_of(case: Case):
     from mllm_cl import load_method
 
     if case.kind == "llava":
-        settings = {"lora_target_modules": ("q_proj", "v_proj", "down_proj"), "lora_r": 4, "num_experts": 4}
+        settings = {
+            "lora_target_modules": ("q_proj", "v_proj", "down_proj"),
+            "lora_r": 4,
+            "num_experts": 4,
+        }
     else:
-        settings = {"lora_target_modules": ("q_proj", "o_proj"), "use_peft": False, "num_experts": 0}
+        settings = {
+            "lora_target_modules": ("q_proj", "o_proj"),
+            "use_peft": False,
+            "num_experts": 0,
+        }
     if case.method == "finetune":
         settings.pop("num_experts")
-    return load_method(case.method)(**settings)
+    return load_method(case.method)(**settings, calibration_tokens=2000)
 
 
 def remember(case: Case, models: Path, folder: Path):
@@ -82,7 +92,9 @@ def remember(case: Case, models: Path, folder: Path):
 
 
 def train(case: Case, models: Path, memory, folder: Path) -> tuple[list[float], dict, dict]:
-    """Losses, displacements after five steps with their leaks; the memory then holds what was measured."""
+    """Losses, displacements after five steps with their leaks; the memory then holds what was
+    measured.
+    """
     from transformers import TrainerCallback
 
     from mllm_cl import engine
@@ -116,19 +128,14 @@ def train(case: Case, models: Path, memory, folder: Path) -> tuple[list[float], 
 
 def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str, callbacks=()):
     """The Trainer of one cell: a global batch of eight however it is cut, every engine alike."""
-    import torch
-    from transformers import (
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 
     from mllm_cl import Task, continual
     from mllm_cl.data.chat import ChatCollator
     from mllm_cl.data.toy import toy_task
     from mllm_cl.metrics.answers import metric
+    from mllm_cl.model.load import load_model
+    from mllm_cl.recipe import ModelBlock
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -149,7 +156,7 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
     )
     set_seed(3)
     where = models / case.kind
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=torch.float32)
+    model = load_model(ModelBlock(model_name_or_path=str(where)))
     processor = AutoProcessor.from_pretrained(where)
     samples = toy_task(task_name, "train", 160)
     return continual(Trainer)(
@@ -160,7 +167,6 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
         method=method_of(case),
         task=Task(task_name, 1, samples, samples, metric("exact_match")),
         memory=memory,
-        calibration_tokens=2000,
         callbacks=list(callbacks),
     )
 
@@ -189,7 +195,10 @@ def main(out: Path, models: Path) -> None:
         tensors |= {f"{case.name}::moved::{name}": tensor for name, tensor in moved.items()}
         tensors |= {f"{case.name}::memory::{name}": memory[name] for name in memory}
     if engine.rank() == 0:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{expected}.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            out / f"{expected}.safetensors",
+        )
         (out / f"{expected}.json").write_text(json.dumps(result))
     engine.barrier()
     if torch.distributed.is_initialized():

@@ -177,9 +177,9 @@ def test_too_long_a_sample_is_named_and_never_cut(processor: ProcessorMixin):
 
 def test_a_template_that_does_not_continue_its_prompt_is_refused():
     processor = toy_processor("qwen3-vl-moe")
-    processor.chat_template = processor.chat_template.replace(
-        "'<|im_start|>assistant\\n'", "'<|im_start|>bot\\n'"
-    )
+    template = processor.chat_template.replace("<|im_start|>assistant", "<|im_start|>bot")
+    assert template != processor.chat_template
+    processor.chat_template = template
     with pytest.raises(ValueError, match="bars-train-0-0: this chat template does not continue"):
         ChatCollator(processor)(toy_task("bars", "train", 1))
 
@@ -194,7 +194,8 @@ def test_a_prompt_that_ends_inside_a_token_is_refused():
 def test_a_template_without_end_of_turn_gets_the_end_of_sequence_token():
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'USER: ' + m.content + ' ASSISTANT: ' if m.role == 'user' else m.content + ' ' }}"
+        "{% for m in messages %}"
+        "{{ 'USER: ' + m.content + ' ASSISTANT: ' if m.role == 'user' else m.content + ' ' }}"
         "{% endfor %}"
     )
     batch = ChatCollator(tokenizer)([_text_sample("Which?", "red")])

@@ -238,6 +238,21 @@ def test_a_sketch_of_low_rank_inputs_is_exact(dim, true_rank, seed):
     assert (tracker.spectrum().eigenvalue_K[true_rank:] < rounding).all()
 
 
+def test_a_sketch_sees_past_one_massive_channel():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 201).float() ** -1.0
+    turn_DD = torch.linalg.qr(torch.randn(200, 200, generator=generator))[0]
+    input_TD = (torch.randn(3000, 200, generator=generator) * scale) @ turn_DD
+    input_TD[:, 7] += 1000 * torch.randn(3000, generator=generator).sign()  # 10^6 times the energy
+    tracker = CovarianceTracker(200, rank=16)
+    for part_TD in input_TD.split(100):
+        tracker.update(part_TD)
+    value_D = np.linalg.eigvalsh(reference(input_TD))[::-1]
+    s = tracker.spectrum()
+    missed = np.abs(s.eigenvalue_K[1:].double().numpy() - value_D[1:16]).max()
+    assert missed < 0.1 * value_D[1]  # a shift of 10 eps would miss by more
+
+
 def test_a_sketch_depends_on_its_seed_and_not_on_the_global_one():
     trackers = []
     for global_seed, seed in ((1, 0), (2, 0), (2, 5)):

@@ -351,6 +351,24 @@ def test_float32_guards_of_the_same_history_do_not_use_up_directions_twice():
     assert max(guard.leak(g(d)) for guard in guards) < 1e-5
 
 
+def test_histories_that_are_almost_parallel_are_both_forbidden():
+    frame = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))[0].float()
+    first, other = frame[:, :3], frame[:, 3:6]
+    for angle in (1e-1, 1e-3, 1e-5):
+        second = first * torch.tensor(angle).cos() + other * torch.tensor(angle).sin()
+        guards = [DriftGuard(u, torch.zeros(3)) for u in (first, second)]
+        d = torch.randn(5, 20)
+        moved = DriftGuard.compose(*guards)(d)
+        assert max(guard.leak(moved) for guard in guards) < 1e-5
+
+
+def test_what_is_forbidden_stays_forbidden_in_a_composition_of_compositions():
+    old = DriftGuard.forbid(covariance(12, 0), 0.4)
+    first, second = (DriftGuard.confine(covariance(12, seed), 0.8) for seed in (1, 2))
+    g = DriftGuard.compose(DriftGuard.compose(first, old), second)
+    assert old.leak(g(torch.randn(4, 12).double())) < 1e-9
+
+
 def test_composing_with_a_free_guard_or_alone_changes_nothing():
     g = DriftGuard.forbid(covariance(9, 0), 0.6)
     assert DriftGuard.compose(g) is g

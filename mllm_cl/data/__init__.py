@@ -1,4 +1,6 @@
-"""Samples and batches: the toy tasks drawn offline, data sets of one's own, and the collator for both."""
+"""Samples and batches: the toy tasks drawn offline, data sets of one's own, and the collator for
+both.
+"""
 
 import hashlib
 import json
@@ -8,9 +10,11 @@ from mllm_cl.task import Sample
 
 
 def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Sequence[Sample]:
-    """The samples of `toy:NAME`, or of a file, folder or hub data set with columns `messages` and `images`.
+    """The samples of `toy:NAME`, or of a file, folder or hub data set with columns `messages` and
+    `images`.
 
-    `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to test.
+    `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to
+    test.
     """
     if data.startswith("toy:"):
         from mllm_cl.data.toy import toy_task
@@ -23,7 +27,8 @@ def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Seq
     missing = {"messages", "images"} - set(rows.column_names)
     if missing:
         raise ValueError(
-            f"{data} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}"
+            f"{data} lacks the columns {', '.join(sorted(missing))}; it has "
+            f"{', '.join(rows.column_names)}"
         )
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{split}-{index}" for index in range(len(rows))])

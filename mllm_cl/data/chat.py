@@ -1,6 +1,6 @@
-"""Turns samples (messages and pictures) into the batches a vision-language model trains on or answers.
+"""Turns samples (messages and pictures) into batches a vision-language model trains on or answers.
 
-One path serves every Hugging Face processor that has a chat template; nothing here knows a model family.
+One path serves every Hugging Face processor with a chat template; no model family is known here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ IGNORE = -100  # the label that torch's cross-entropy skips
 
 @dataclass(frozen=True)
 class ChatCollator:
-    """Batches samples; the labels are the last answer and its end-of-turn token, everything else is ignored.
+    """Batches samples; the labels are the last answer and its end-of-turn token, nothing else.
 
-    Training batches are padded on the right. With `prompt_only` the last message is left out, the batch is padded on
-    the left for `generate`, and there are no labels. Whatever else the processor returns (pixel_values,
-    image_grid_thw, mm_token_type_ids, ...) is passed on. Nothing is ever truncated: a sample longer than
-    `max_length` tokens, pictures included, is a ValueError that names it.
+    Training batches are padded on the right. With `prompt_only` the last message is left out, the
+    batch is padded on the left for `generate`, and there are no labels. Whatever else the processor
+    returns (pixel_values, image_grid_thw, mm_token_type_ids, ...) is passed on. Nothing is ever
+    truncated: more than `max_length` tokens, pictures included, is a ValueError naming the sample.
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
@@ -65,9 +65,10 @@ class ChatCollator:
         text = self._render(sample["messages"], answer_next=False)
         if not text.startswith(prompt):
             raise ValueError(
-                f"sample {sample['id']}: this chat template does not continue its own generation prompt, so the answer "
-                f"cannot be located. The prompt is {prompt!r}, the chat {text!r}. Set a chat template whose rendering "
-                "of messages[:-1] with add_generation_prompt is a prefix of the rendering of all messages."
+                f"sample {sample['id']}: this chat template does not continue its own generation "
+                f"prompt, so the answer cannot be located. The prompt is {prompt!r}, the chat "
+                f"{text!r}. Set a chat template whose rendering of messages[:-1] with "
+                "add_generation_prompt is a prefix of its rendering of all messages."
             )
         text = text.rstrip()
         special = tuple(
@@ -98,30 +99,31 @@ class ChatCollator:
         ):
             if self.max_length is not None and length > self.max_length:
                 raise ValueError(
-                    f"sample {sample['id']} has {length} tokens, pictures included; max_length is {self.max_length}. "
-                    "Raise max_length, shrink the pictures in the processor, or drop the sample."
+                    f"sample {sample['id']} has {length} tokens, pictures included; max_length is "
+                    f"{self.max_length}. Raise max_length, shrink the pictures in the processor, "
+                    "or drop the sample."
                 )
         return batch
 
     def _answer_length(self, name: str, prompt: str, text: str) -> int:
         """How many tokens the answer and its end-of-turn token have.
 
-        Counted on the text before pictures are expanded: an expansion lies in the prompt and adds to both alike.
+        Counted before pictures are expanded: an expansion is in the prompt and adds alike to both.
         """
         special = not self._opens_with_bos(prompt)
         head = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         whole = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         if whole[: len(head)] != head:
             raise ValueError(
-                f"sample {name}: the tokens of the prompt are not the first tokens of the chat, so training would see "
-                f"another prompt than generation does. The prompt ends with {prompt[-40:]!r}; end the chat template's "
-                "generation prompt where a token ends."
+                f"sample {name}: the tokens of the prompt are not the first tokens of the chat, so "
+                "training would see another prompt than generation does. The prompt ends with "
+                f"{prompt[-40:]!r}; end the chat template's generation prompt where a token ends."
             )
         return len(whole) - len(head)
 
 
 def _checked(sample: Mapping) -> dict:
-    """The sample with RGB pictures and without the None fields that Arrow adds; ValueError if it is no chat."""
+    """The sample with RGB pictures and without the None fields that Arrow adds."""
     messages, images = sample["messages"], sample.get("images") or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
@@ -131,7 +133,8 @@ def _checked(sample: Mapping) -> dict:
     slots = sum(part["type"] == "image" for message in messages for part in message["content"])
     if slots != len(images):
         raise ValueError(
-            f"sample {sample['id']}: the messages refer to {slots} images, the sample has {len(images)}"
+            f"sample {sample['id']}: the messages refer to {slots} images, "
+            f"the sample has {len(images)}"
         )
     return {"id": sample["id"], "messages": messages, "images": [_rgb(image) for image in images]}
 
@@ -155,7 +158,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _labels(input_BT: Tensor, mask_BT: Tensor, answer_lengths: list[int]) -> Tensor:
-    """The input ids where the answer stands (the last tokens before the right padding), IGNORE elsewhere."""
+    """The input ids of the answer (the last tokens before the padding), IGNORE elsewhere."""
     position_T = torch.arange(input_BT.shape[1])
     end_B1 = mask_BT.sum(dim=1, keepdim=True)
     start_B1 = end_B1 - torch.tensor(answer_lengths)[:, None]

@@ -1,7 +1,8 @@
 """Small image questions drawn on the spot, so that the quickstart and the tests need no download.
 
-`BASE_SKILLS` is what the shipped base models know; `TOY_TASKS` is what they learn one after another. The tasks look
-different but share answers ("red", "4", "left") and wording: plain fine-tuning on the next one visibly spoils the last.
+`BASE_SKILLS` is what the shipped bases know; `TOY_TASKS` is what they learn one after another. The
+tasks look different but share answers ("red", "4", "left") and wording: plain fine-tuning on
+the next one visibly spoils the last.
 """
 
 import math
@@ -78,7 +79,7 @@ def _write(
     ImageDraw.Draw(image).text(origin, text, font=font, fill=fill)
 
 
-# ---- base skills: one thing in the middle distance, on dark paper -------------------------------------------------
+# ---- base skills: one thing (or a few discs) on dark paper ----
 
 
 @cache
@@ -91,7 +92,10 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digit_pool(split: str) -> np.ndarray:
-    """Which handwritten digits a split may draw: every fifth is kept for testing, its strokes are never trained on."""
+    """Which handwritten digits a split may draw.
+
+    Every fifth is kept for testing, so that no stroke that is tested was ever trained on.
+    """
     held_out = np.arange(len(_handwriting()[1])) % 5 == 0
     return np.flatnonzero(held_out == (split == "test"))
 
@@ -101,7 +105,7 @@ def _paint_digit(rng: np.random.Generator, answer: str, split: str) -> Image.Ima
     pool = _digit_pool(split)
     pool = pool[labels[pool] == int(answer)]
     ink = images[int(rng.choice(pool))] / 16 * 255
-    side = int(rng.integers(40, 57))
+    side = int(rng.integers(48, 61))
     glyph = Image.fromarray(ink.clip(0, 255).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
@@ -147,7 +151,7 @@ def _paint_side(rng: np.random.Generator, answer: str) -> Image.Image:
     return image
 
 
-# ---- new tasks: each with a look of its own -------------------------------------------------------------------------
+# ---- new tasks: each with a look of its own ----
 
 
 def _paint_bars(rng: np.random.Generator, answer: str) -> Image.Image:
@@ -305,11 +309,15 @@ def _skills(split: str) -> dict[str, Skill]:
 
 
 BASE_SKILLS = ("digit", "colour", "shape", "count", "letter", "side")
-TOY_TASKS = ("bars", "arrow", "dice", "size", "dial", "word", "tiles", "stripes")
+# The first five, in this order, are the quickstart's sequence: 120 steps of 48 samples learn each.
+TOY_TASKS = ("dial", "bars", "arrow", "dice", "size", "word", "tiles", "stripes")
 
 
 class ToyTask(Sequence):
-    """`size` samples that are drawn when asked for; the same (name, split, seed, index) gives the same bytes."""
+    """`size` samples, each drawn when it is asked for.
+
+    The same (name, split, seed, index) gives the same bytes.
+    """
 
     def __init__(self, name: str, split: str, size: int, seed: int):
         self.name, self.split, self.size, self.seed = name, split, size, seed

@@ -42,6 +42,8 @@ class DriftGuard:
                 f"a basis (..., D, K) needs one gain for each of its K directions, found shapes "
                 f"{tuple(self.basis_DK.shape)} and {tuple(self.gain_K.shape)}."
             )
+        # Eigenvectors come column by column; a guard read back from a file would round otherwise.
+        object.__setattr__(self, "basis_DK", self.basis_DK.contiguous())
 
     def __call__(self, delta: Tensor) -> Tensor:
         """The displacement that `delta` stands for: float32 (float64 if given that), autocast
@@ -141,10 +143,9 @@ class DriftGuard:
         inputs (W C W^T = 0) allows a delta that they feel next to no movement.
         """
         c = as_spectrum(c)
-        mean = c.trace.double() / c.dim
         if budget is not None:
             damping = _damping_for(c, budget, weight, delta)
-        damping = torch.as_tensor(damping, dtype=torch.float64, device=mean.device)
+        damping = torch.as_tensor(damping, dtype=torch.float64, device=c.trace.device)
         if not (damping > 0).all():
             raise ValueError(
                 f"damping must be positive, found {damping.tolist()}; to stop movement use forbid."

@@ -12,6 +12,7 @@ from torch import nn
 
 from mllm_cl.model import anatomy
 from mllm_cl.model.moe_lora import MoELoRA, attach_moe_lora
+from mllm_cl.model.surgery import installed_on
 
 Role = Literal["router", "weight", "A", "B"]
 
@@ -21,8 +22,9 @@ class Site:
     """One weight that a method may train.
 
     `source` is the qualified name of the module whose input the weight meets: x for a router, a
-    linear and a LoRA A; for a LoRA B the same x, which reaches it through `before`, the site of its A.
-    `native` marks the routers that the model was born with.
+    linear and a LoRA A; for a LoRA B the same x, which reaches it through `before`, the site of its
+    A. `layer` is the frozen linear beside which the two add `scale` B A x. `native` marks the
+    routers that the model was born with.
     """
 
     path: str
@@ -32,6 +34,8 @@ class Site:
     source: str
     before: "Site | None" = None
     native: bool = False
+    layer: nn.Module | None = None
+    scale: float = 1.0
 
     @property
     def weight(self) -> nn.Parameter:
@@ -61,7 +65,13 @@ def weight_sites(model: nn.Module, patterns: Sequence[str] | str) -> list[Site]:
 
 
 def lora_sites(
-    model: nn.Module, patterns: Sequence[str] | str, *, rank: int, alpha: float, dropout: float, seed: int
+    model: nn.Module,
+    patterns: Sequence[str] | str,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
 ) -> list[Site]:
     """PEFT LoRA on the matched linears, put in place once; both factors of each are sites.
 
@@ -69,16 +79,21 @@ def lora_sites(
     """
     from peft.tuners.lora import LoraLayer
 
-    present = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    present = {
+        path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     if not present:
         targets = list(anatomy.linears(model, patterns))
         _inject_lora(model, targets, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
-        present = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+        present = {
+            path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
     found = []
     for path, layer in present.items():
-        source = f"{path}.lora_A.default"
-        first = Site(source, layer.lora_A["default"], "weight", "A", source)
-        second = Site(f"{path}.lora_B.default", layer.lora_B["default"], "weight", "B", source, first)
+        source, behind = f"{path}.lora_A.default", f"{path}.lora_B.default"
+        beside = {"layer": layer.base_layer, "scale": layer.scaling["default"]}
+        first = Site(source, layer.lora_A["default"], "weight", "A", source, **beside)
+        second = Site(behind, layer.lora_B["default"], "weight", "B", source, first, **beside)
         found += [first, second]
     return found
 
@@ -105,25 +120,40 @@ def moe_lora_sites(
     top_k: int | None,
     seed: int,
 ) -> list[Site]:
-    """A routed mixture of LoRA experts on the matched linears, put in place once: router, A and B of each."""
-    present = {path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)}
+    """A routed mixture of LoRA experts on the matched linears, put in place once: router, A, B."""
+    present = {
+        path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)
+    }
     if not present:
         linears = anatomy.linears(model, patterns)
         attach_moe_lora(
             model, linears, num_experts=num_experts, rank=rank, alpha=alpha, top_k=top_k, seed=seed
         )
-        present = {path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)}
+        present = {
+            path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)
+        }
     found = []
     for path, moe in present.items():
         source = f"{path}.router"
-        first = Site(path, moe, "lora_A", "A", source)
+        beside = {"layer": model.get_submodule(path.rpartition(".")[0]), "scale": moe.scale}
+        first = Site(path, moe, "lora_A", "A", source, **beside)
         router = Site(source, moe.router, "weight", "router", source)
-        found += [router, first, Site(path, moe, "lora_B", "B", source, first)]
+        found += [router, first, Site(path, moe, "lora_B", "B", source, first, **beside)]
     return found
 
 
 def resting_experts(model: nn.Module) -> dict[str, MoELoRA]:
-    """The mixtures of LoRA experts of a model by the name of their router, whose experts may rest."""
+    """The mixtures of LoRA experts, whose experts may rest, by the name of their router."""
     return {
-        f"{path}.router": module for path, module in model.named_modules() if isinstance(module, MoELoRA)
+        f"{path}.router": module
+        for path, module in model.named_modules()
+        if isinstance(module, MoELoRA)
     }
+
+
+def rest(model: nn.Module) -> None:
+    """Spare the resting LoRA experts their gradients: which ones rest is what their guards say."""
+    for moe in resting_experts(model).values():
+        one = installed_on(moe).get("lora_A")
+        resting = one is not None and one.active_E is not None
+        moe.active = one.active_E.bool() if resting else None

@@ -118,21 +118,33 @@ def linears(
     return {name: module for name, module in inside.items() if name in wanted}
 
 
+def vision_names(model: nn.Module) -> set[str]:
+    """The qualified names of the image encoder and all in it; empty where there is none."""
+    wholes = (module for _, module, _ in _walk(model) if isinstance(module, PreTrainedModel))
+    inside = _vision(next(wholes, None))
+    return {name for name, module in model.named_modules() if id(module) in inside}
+
+
 def table(modules: Mapping[str, nn.Module]) -> "Table":
     """What `routers` or `linears` found, to look at: a row per shape and name, layers starred."""
+    return shape_table({_bare(name): _weight_shape(module) for name, module in modules.items()})
+
+
+def shape_table(shapes: Mapping[str, tuple[int, ...]], title: str = "modules") -> "Table":
+    """Names and shapes to look at: a row per shape and name, layers starred, and their sum."""
     from rich.table import Table
 
     rows: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, module in modules.items():
-        key = re.sub(r"\b\d+\b", "*", _bare(name)), _weight_shape(module)
+    for name, shape in shapes.items():
+        key = re.sub(r"\b\d+\b", "*", name), tuple(shape)
         rows[key] = rows.get(key, 0) + 1
-    shown = Table("modules", "count", "shape", "weights")
+    shown = Table(title, "count", "shape", "weights")
     for (name, shape), count in rows.items():
         shown.add_row(
             name, str(count), " x ".join(map(str, shape)), f"{count * math.prod(shape):,}"
         )
     total = sum(count * math.prod(shape) for (_, shape), count in rows.items())
-    shown.add_row("total", str(len(modules)), "", f"{total:,}", style="bold")
+    shown.add_row("total", str(len(shapes)), "", f"{total:,}", style="bold")
     return shown
 
 

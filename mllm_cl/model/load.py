@@ -1,10 +1,13 @@
 """From a recipe's `model:` block to a model and its processor."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from mllm_cl import engine
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -20,12 +23,14 @@ class ModelSettings(Protocol):
 
 
 def location(name: str) -> str:
-    """The folder or hub id behind a name: `toy:KIND` is a small model that comes with the package."""
+    """The folder or hub id behind a name: `toy:KIND` is a small model of the package's own."""
     if not name.startswith("toy:"):
         return name
     folder = ASSETS / f"tiny-{name.removeprefix('toy:').replace('_', '-')}"
     if not folder.is_dir():
-        known = ", ".join(f"toy:{path.name.removeprefix('tiny-')}" for path in sorted(ASSETS.glob("tiny-*")))
+        known = ", ".join(
+            f"toy:{path.name.removeprefix('tiny-')}" for path in sorted(ASSETS.glob("tiny-*"))
+        )
         raise ValueError(f"there is no {name}; the package has {known}")
     return str(folder)
 
@@ -46,9 +51,27 @@ def load_model(settings: ModelSettings) -> nn.Module:
     kwargs: dict[str, Any] = {"dtype": dtype, **common}
     if settings.attn_implementation is not None:
         kwargs["attn_implementation"] = settings.attn_implementation
-    model = auto.from_pretrained(where, **kwargs)
+    with engine.unsharded_loading() if _transposes(config.model_type) else nullcontext():
+        model = auto.from_pretrained(where, **kwargs)
     model.config.use_cache = False
     return model
+
+
+def _transposes(model_type: str) -> bool:
+    """Whether the family's checkpoints are turned by their shape as they load (Qwen3-VL-MoE's
+    experts).
+
+    Under ZeRO-3 every parameter has shape (0,) at that moment, so transformers 5.23 leaves them as
+    they are and fails; such a model is loaded whole and sharded afterwards.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    converters = get_checkpoint_conversion_mapping(model_type) or []
+    operations = [
+        op for one in converters if isinstance(one, WeightConverter) for op in one.operations
+    ]
+    return any(isinstance(op, Transpose) and op.check_dims for op in operations)
 
 
 def load_processor(settings: ModelSettings):

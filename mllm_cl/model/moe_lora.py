@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MoELoRA", "attach", "attach_moe_lora", "detach"]
+__all__ = ["MoELoRA", "Router", "attach", "attach_moe_lora", "detach"]
 
 
 class MoELoRA(nn.Module):
@@ -75,7 +75,7 @@ class MoELoRA(nn.Module):
         # Contiguous although the second GEMM wants (O, E, R): FSDP2 and safetensors refuse
         # parameters that are not. The reordering touches S/T of what the GEMM itself writes.
         self.lora_B = nn.Parameter(torch.empty(num_experts, out_features, rank, **place))
-        self.router = _Router(in_features, num_experts, bias=False, **place)
+        self.router = Router(in_features, num_experts, bias=False, **place)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ def _weigh(low_TS: Tensor, weight_TE: Tensor) -> Tensor:
     return (low_TER * weight_TE.unsqueeze(-1)).flatten(-2)
 
 
-class _Router(nn.Linear):
+class Router(nn.Linear):
     """A linear layer whose logits are at least fp32, without keeping an fp32 copy of its input."""
 
     def reset_parameters(self) -> None:

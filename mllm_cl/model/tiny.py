@@ -1,7 +1,7 @@
-"""Vision-language models of one or two million parameters, with tokenizer and processor, made without any download.
+"""Vision-language models of one or two million parameters, with tokenizer and processor, offline.
 
-`tiny_qwen3_vl_moe` has experts and routers from birth; `tiny_llava` is dense. The quickstart and the tests use them;
-every file they save is an ordinary Hugging Face folder.
+`tiny_qwen3_vl_moe` has experts and routers from birth; `tiny_llava` is dense. The quickstart and
+the tests use them; what they save is an ordinary Hugging Face folder.
 """
 
 from itertools import chain
@@ -34,7 +34,7 @@ IMAGE, IMAGE_START, IMAGE_END, VIDEO = (
 )
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# ChatML; {% generation %} marks what the assistant said, which TRL and `return_assistant_tokens_mask` read.
+# ChatML; {% generation %} marks what the assistant said: `return_assistant_tokens_mask` reads it.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\n' }}
@@ -65,7 +65,10 @@ def _toy_texts() -> list[str]:
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the toy tasks is one token and any other text still round-trips."""
+    """A byte-level BPE in which every word of the toy tasks is one token.
+
+    Any other text still round-trips.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -93,8 +96,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 def _qwen_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     """Qwen's image grid without Qwen's video processor, which needs torchvision even for pictures.
 
-    PaddleOCR-VL's processor is the stock class that is exactly (image processor, tokenizer) with Qwen's rule
-    `tokens = t * h * w / merge^2` and `mm_token_type_ids`; being stock, `AutoProcessor` reloads the folder anywhere.
+    PaddleOCR-VL's processor is the stock class that is exactly (image processor, tokenizer) with
+    Qwen's rule `tokens = t * h * w / merge^2` and `mm_token_type_ids`; being stock, `AutoProcessor`
+    reloads the folder anywhere, also in a process that has not imported this package.
     """
     from transformers import PaddleOCRVLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -126,7 +130,7 @@ def _llava_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
 
 
 def toy_processor(kind: str) -> ProcessorMixin:
-    """The processor of a tiny model: chat template, tokenizer and an image processor that needs no torchvision."""
+    """The processor of a tiny model; it needs no torchvision."""
     make = {"qwen3-vl-moe": _qwen_processor, "llava": _llava_processor}
     if kind not in make:
         raise ValueError(f"unknown tiny model {kind!r}; choose one of {', '.join(KINDS)}")
@@ -223,7 +227,10 @@ def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTra
 
 
 def tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """An untrained tiny model whose weights depend on `seed` alone; the caller's random state is left as it was."""
+    """An untrained tiny model whose weights depend on `seed` alone.
+
+    The caller's random state is left as it was.
+    """
     make = {"qwen3-vl-moe": tiny_qwen3_vl_moe, "llava": tiny_llava}
     if kind not in make:
         raise ValueError(f"unknown tiny model {kind!r}; choose one of {', '.join(KINDS)}")
@@ -233,7 +240,7 @@ def tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
 
 
 def save_tiny(folder: str | Path, kind: str, seed: int) -> Path:
-    """Writes an untrained model with its tokenizer and processor; the Auto classes load the folder."""
+    """Writes an untrained model with tokenizer and processor; the Auto classes load the folder."""
     processor = toy_processor(kind)
     tiny_model(kind, processor.tokenizer, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -241,7 +248,7 @@ def save_tiny(folder: str | Path, kind: str, seed: int) -> Path:
 
 
 def tiny_base(kind: str) -> Path:
-    """The folder of the trained base that ships with the package; `recipes/make_base.py` made it."""
+    """The folder of the trained base that ships with the package (recipes/make_base.py)."""
     folder = Path(__file__).parent.parent / "assets" / f"tiny-{kind}"
     if not (folder / "config.json").is_file():
         raise ValueError(

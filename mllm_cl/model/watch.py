@@ -1,13 +1,14 @@
-"""Forward hooks that gather what a method has to know: second moments of inputs, and who is routed where.
+"""Forward hooks that gather what a method has to know: second moments of inputs, and routing.
 
 T tokens, D model width, E experts, K kept directions.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage
@@ -15,18 +16,18 @@ from mllm_cl.drift.covariance import CovarianceTracker
 from mllm_cl.model import anatomy
 from mllm_cl.model.surgery import installed_on
 
-# Above this width a full second moment costs more memory than it is worth: 4 MiB at 1024, 64 at 4096.
+# Above this width a full second moment costs more memory than it is worth: 64 MiB at 4096.
 FULL_BELOW = 1024
 
 
 class Watch:
     """Second moments of what enters `modules`, and the use that `routers` make of their experts.
 
-    Padding is left out by the batch's attention mask (routers see flattened tokens, so the mask is taken
-    at the model's door). Modules that are handed the very same tensor, such as q, k and v, share one
-    tracker; `source_of` maps each module to the one that keeps it. `every` n-th forward is counted, so
-    that tracking while training costs little; recomputation under activation checkpointing never is.
-    Use as a context manager, or `close()` it.
+    Padding is left out by the batch's attention mask (routers see flattened tokens, so the mask is
+    taken at the model's door); an image encoder's patches have none. Modules that are handed the
+    very same tensor, such as q, k and v, share one tracker; `source_of` maps each module to the one
+    that keeps it. `every` n-th forward is counted, so that tracking while training costs little;
+    recomputation under activation checkpointing never is. A context manager, or `close()` it.
     """
 
     def __init__(
@@ -42,14 +43,18 @@ class Watch:
         self.trackers: dict[str, CovarianceTracker] = {}
         self.use: dict[str, ExpertUsage] = {}
         self.source_of: dict[str, str] = {}
-        self._forwards, self._mask, self._seen = 0, None, {}
+        self._watched, self._unmasked = sorted(modules), anatomy.vision_names(model)
+        self._forwards, self._mask = 0, None
+        self._seen: dict[tuple, tuple[StorageWeakRef, str]] = {}
         self._handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for path, module in modules.items():
             self._handles.append(module.register_forward_pre_hook(self._input_hook(path)))
         for path, module in (routers or {}).items():
             self.use[path] = ExpertUsage(engine.shape(module.weight)[0])
             # First in the row: ZeRO-3's own hook takes the weight away again.
-            self._handles.append(module.register_forward_hook(self._router_hook(path), prepend=True))
+            self._handles.append(
+                module.register_forward_hook(self._router_hook(path), prepend=True)
+            )
         self._handles.append(model.register_forward_hook(self._leave, always_call=True))
 
     def close(self) -> None:
@@ -64,12 +69,46 @@ class Watch:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def reduce(self, all_reduce_sum) -> None:
-        """Sum over ranks what was gathered. Collective; every rank must have seen the same modules."""
+    def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks what was gathered; one rank's data may miss some modules. Collective.
+
+        Raises ValueError, on all ranks alike, if no token of any rank reached some module.
+        """
+        self._agree(all_reduce_sum)
         for path in sorted(self.trackers):
             self.trackers[path].reduce(all_reduce_sum)
         for path in sorted(self.use):
             self.use[path].reduce(all_reduce_sum)
+        empty = [path for path in self._watched if not self._num_tokens(path)]
+        empty += [path for path, use in self.use.items() if not use.count and path not in empty]
+        if empty:
+            others = f" (nor {len(empty) - 1} others)" if len(empty) > 1 else ""
+            raise ValueError(
+                f"no token of the task's data reached {empty[0]}{others}, so nothing is known of "
+                "its inputs. Leave it out of what trains, or give data that uses it."
+            )
+
+    def _agree(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Give this rank empty trackers for what only other ranks' data reached."""
+        known = torch.zeros(len(self._watched), 3, dtype=torch.float64)
+        for row, path in enumerate(self._watched):
+            if path in self.source_of:
+                keeper = self.source_of[path]
+                entry = (1, self.trackers[keeper].dim, self._watched.index(keeper))
+                known[row] = torch.tensor(entry)
+        total = all_reduce_sum(known).tolist()
+        for path, (ranks, dim, keeper) in zip(self._watched, total, strict=True):
+            if ranks and path not in self.source_of:
+                self._join(path, self._watched[round(keeper / ranks)], round(dim / ranks))
+
+    def _join(self, path: str, keeper: str, dim: int) -> None:
+        self.source_of[path] = keeper
+        if keeper not in self.trackers:
+            rank = None if dim < FULL_BELOW else self.rank
+            self.trackers[keeper] = CovarianceTracker(dim, rank=rank)
+
+    def _num_tokens(self, path: str) -> float:
+        return float(self.trackers[self.source_of[path]].count) if path in self.source_of else 0.0
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._mask = kwargs.get("attention_mask")
@@ -82,49 +121,54 @@ class Watch:
 
     def _input_hook(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
-            if self._on and not _recomputing():
-                self._count(path, args[0].detach())
+            if self._on and not recomputing():
+                self._count(path, args[0])
 
         return hook
 
     def _count(self, path: str, input_TD: Tensor) -> None:
-        # Held until the forward ends, so that an address is not used twice for different tensors.
-        holder = self._seen.setdefault(input_TD.data_ptr(), (path, input_TD, input_TD._version))
-        keeper, same, version = holder
-        if same.shape != input_TD.shape or version != input_TD._version:
-            keeper = path
-        if self.source_of.setdefault(path, keeper) != path:
-            return
-        if path not in self.trackers:
-            dim = input_TD.shape[-1]
-            self.trackers[path] = CovarianceTracker(dim, rank=None if dim < FULL_BELOW else self.rank)
-        self.trackers[path].update(input_TD, mask_T=self._mask_for(input_TD))
+        keeper = self._keeper(path, input_TD)
+        if path not in self.source_of:
+            self._join(path, keeper, input_TD.shape[-1])
+        if self.source_of[path] == path:
+            self.trackers[path].update(input_TD.detach(), mask_T=self._mask_for(path, input_TD))
 
-    def _mask_for(self, input_TD: Tensor) -> Tensor | None:
-        # A vision tower sees patches, which have no padding and another count than the text's tokens.
-        if self._mask is None or self._mask.dim() != 2:
+    def _keeper(self, path: str, input_TD: Tensor) -> str:
+        """The first module of this forward that was handed the very same tensor."""
+        # By address, since ZeRO-3 hands each module a new alias. Held weakly, or the inputs of all
+        # layers would be alive at once; so an address may come again for another tensor.
+        key = (input_TD.data_ptr(), input_TD.shape, input_TD.dtype, input_TD._version)
+        storage, keeper = self._seen.get(key, (None, path))
+        if storage is not None and not storage.expired():
+            return keeper
+        self._seen[key] = (StorageWeakRef(input_TD.untyped_storage()), path)
+        return path
+
+    def _mask_for(self, path: str, input_TD: Tensor) -> Tensor | None:
+        # A vision tower sees patches: no padding, even if they are as many as the text's tokens.
+        if self._mask is None or self._mask.dim() != 2 or path in self._unmasked:
             return None
         tokens = input_TD.shape[:-1].numel()
         return self._mask.bool() if self._mask.numel() == tokens else None
 
     def _router_hook(self, path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
-            if self._on and not _recomputing():
+            if self._on and not recomputing():
                 input_TD = args[0].detach().reshape(-1, args[0].shape[-1])
                 weight_TE = router_logits(router, input_TD).softmax(-1)
-                self.use[path].update(weight_TE, input_TD, mask_T=self._mask_for(input_TD))
+                self.use[path].update(weight_TE, input_TD, mask_T=self._mask_for(path, input_TD))
 
         return hook
 
 
-def _recomputing() -> bool:
-    """Whether activation checkpointing runs a forward a second time, which happens inside backward."""
+def recomputing() -> bool:
+    """Whether activation checkpointing runs a forward again, which happens inside backward."""
     return torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()
 def router_logits(router: nn.Module, input_TD: Tensor) -> Tensor:
-    """The logits (T, E) of a router whose forward has just run, with what its guard adds to the weight."""
+    """The logits (T, E) of a router whose forward has just run, with what its guard adds."""
     logits_TE = anatomy.logits(router, input_TD)
     one = installed_on(router).get("weight")
     if one is None:
@@ -153,7 +197,7 @@ def measure(
     *,
     rank: int,
 ) -> Watch:
-    """A closed `Watch` over one forward pass per batch, with dropout off. Not yet reduced over ranks."""
+    """A closed `Watch` over one forward pass per batch, with dropout off; not yet reduced."""
     with Watch(model, modules, routers, rank=rank) as watch, evaluating(model):
         for batch in batches:
             forward(model, batch)

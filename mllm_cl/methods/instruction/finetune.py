@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: task after task with nothing held back. What everybody does, and what forgets."""
+"""Sequential fine-tuning, nothing held back: what everybody does, and what forgets."""
 
 from dataclasses import dataclass
 
@@ -7,4 +7,4 @@ from mllm_cl.method import Tuned
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Tuned):
-    """Train the same weights (a LoRA, or whole linears, and the native routers) on each task in turn."""
+    """Train the same weights (LoRA or whole linears, and native routers) on each task in turn."""

@@ -13,8 +13,8 @@ from mllm_cl.task import Sample, Task
 class Joint(Tuned):
     """Train once, at the last task, on the union of all tasks; earlier tasks train nothing.
 
-    A run of joint training so has one trained row, its last. With `num_train_epochs` it sees as many
-    samples as a sequential run; with `max_steps` it does not.
+    A run of joint training so has one trained row, its last. With `num_train_epochs` it sees as
+    many samples as a sequential run; with `max_steps` it does not.
     """
 
     rehearsal: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""MoELoRA of CoIN (arXiv:2403.08350): LoRA experts under a token-wise softmax router, everything keeps training."""
+"""MoELoRA of CoIN (arXiv:2403.08350): LoRA experts under a softmax router all training."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from mllm_cl.method import Tuned
 
 @dataclass(frozen=True, kw_only=True)
 class MoELoRAMethod(Tuned):
-    """y = W x + s sum_i softmax(W_G x)_i B_i A_i x, trained task after task without a balancing loss.
+    """y = W x + s sum_i softmax(W_G x)_i B_i A_i x, task after task without a balancing loss.
 
     The per-expert product of CoIN, not the cross terms sum_ij w_i w_j B_j A_i of some later forks.
     Defaults: 8 experts (CoIN), rank 8 each; native routers stay frozen, as the original has none.

@@ -1,4 +1,4 @@
-"""Experience replay: a few raw samples of every past task are mixed into the next one's training set."""
+"""Experience replay: a few raw samples of every past task are mixed into the next training set."""
 
 import io
 from collections.abc import Sequence
@@ -27,14 +27,16 @@ class Replay(Tuned):
     repeats: int = 1
 
     def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample]:
-        """This task's samples and the kept ones of the past; states the bytes kept in the memory."""
+        """This task's samples and the kept ones of the past; puts their bytes into the memory."""
         kept = [self._keep(earlier, self.buffer_bytes // len(past)) for earlier in past]
         memory["replay/bytes"] = torch.tensor(sum(size for _, size in kept))
         memory["replay/samples"] = torch.tensor(sum(len(samples) for samples, _ in kept))
-        return ConcatDataset([task.train, *[samples for samples, _ in kept for _ in range(self.repeats)]])
+        return ConcatDataset(
+            [task.train, *[samples for samples, _ in kept for _ in range(self.repeats)]]
+        )
 
     def _keep(self, task: Task, budget: int) -> tuple[Sequence[Sample], int]:
-        """The first samples of a seeded order that fit into `budget` bytes, and the bytes they take."""
+        """The first samples of a seeded order that fit into `budget` bytes, and what they take."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + task.index)
         chosen, total = [], 0
         for index in torch.randperm(len(task.train), generator=generator).tolist():

@@ -10,6 +10,6 @@ from mllm_cl.method import Tuned
 
 @dataclass(frozen=True, kw_only=True)
 class RouterFrozen(Tuned):
-    """Train adapters or linears only; who is routed where changes with the inputs, never with the router."""
+    """Train adapters or linears only; routing changes with the inputs, never with the router."""
 
     train_router: bool = False

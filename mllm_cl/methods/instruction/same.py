@@ -1,44 +1,56 @@
-"""SAME, stabilised mixture of experts (arXiv:2602.01990): routers confined to the task and forbidden the
-past, experts slowed where old inputs would feel it, idle experts at rest.
+"""SAME, stabilised mixture of experts (arXiv:2602.01990): routers confined to the task and
+forbidden the past, experts slowed where old inputs would feel it, idle experts at rest.
 
-It differs from the released code in what DESIGN calls coordinates: the displacement is guarded, not the
-gradient, so the promise holds in the weights under any optimizer. docs/architecture.md has the reasons.
-E experts, R LoRA rank, D model width.
+It differs from the released code in that the displacement is guarded, not the gradient, so that the
+promise holds in the weights under any optimizer. docs/architecture.md has the reasons.
+E experts, R LoRA rank, D model width, T tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from mllm_cl import engine
-from mllm_cl.drift.activation import ExpertUsage, active_experts
+from mllm_cl.drift.activation import ExpertUsage, ReleasedActivation, active_experts
 from mllm_cl.drift.covariance import CovarianceTracker
+from mllm_cl.drift.factors import low_rank_moment, slow_a_within, slow_b_within
 from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.drift.subspace import Spectrum
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce, Tuned
-from mllm_cl.model.adapt import Site, resting_experts
-from mllm_cl.model.surgery import guard, installed_on, only_train
-from mllm_cl.model.watch import Watch, measure
+from mllm_cl.model.adapt import Site, rest, resting_experts, router_sites
+from mllm_cl.model.moe_lora import MoELoRA
+from mllm_cl.model.surgery import Guard, advance, guard, installed_on, only_train
+from mllm_cl.model.watch import Watch, measure, recomputing
 from mllm_cl.task import Task
+
+SLOWED = {"both": ("A", "B", "weight"), "a": ("A", "weight"), "none": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Same(Tuned):
     """Guards on every trained weight, built from the second moments of what earlier tasks fed it.
 
-    router: `guarded` confines the update to directions that hold `confine_energy` of the task's input and
-        forbids those that hold `forbid_energy` of all earlier input; `spectral` is the paper's own
-        re-weighting; `free` and `frozen` are the references.
-    experts (LoRA factors, or whole linears): slowed by damping (C + damping I)^-1, damping relative to the
-        mean eigenvalue of C. `factors: a` is the paper's form, `both` slows B by A C A^T too, where most
-        of the drift of old inputs comes from; `none` leaves them free.
-    activation: experts that this task uses little and earlier ones needed rest for the task: they answer
-        as they did, and do not move (`mode: paper`, decided once from a pass over the task's data with the
-        incoming router). `off` lets all move.
-    update: `coordinates` guards the displacement, `gradient` the gradient as the paper writes it, which
-        AdamW undoes; kept for comparison.
+    router: `guarded` confines the update to directions that hold `confine_energy` of the task's
+        input and forbids those that hold `forbid_energy` of all earlier input; `spectral` is the
+        paper's own re-weighting; `free` and `frozen` are the references.
+    experts (LoRA factors, or whole linears): slowed by damping (C + damping I)^-1, damping relative
+        to the mean eigenvalue of C. `factors: a` is the paper's form, `both` slows B by A C A^T
+        too, where most of the drift of old inputs comes from; `none` leaves them free.
+    budget: at the end of a task an expert's step is slowed once more, as little as it takes to keep
+        tr(dW C dW^T) <= budget tr(W C W^T) on earlier inputs. dW is what this task adds to an
+        adapted layer or a whole linear, W the layer without adapters, or the linear as earlier
+        tasks left it. The traces are over the kept directions, all of them below width 1024.
+    activation: experts that this task uses little and earlier ones needed rest: they answer as
+        before, and do not move. `paper` decides once per task, from a pass over its data with the
+        incoming router. `released` decides at every step as the published code does, whose resting
+        experts leave the routing too: it tends to one expert and a router without gradient. `off`
+        lets all move.
+    update: `coordinates` guards the displacement, `gradient` the gradient as the paper writes it,
+        which AdamW undoes. This and `released` are kept for comparison.
     """
 
     num_experts: int = 8
@@ -46,19 +58,51 @@ class Same(Tuned):
     forbid_energy: float = 0.99
     confine_energy: float = 0.99
     factors: Literal["both", "a", "none"] = "both"
-    damping: float = 0.1
-    activation: Literal["paper", "off"] = "paper"
+    damping: float = 0.001  # measured: benchmarks/RESULTS.md
+    budget: float | None = None
+    activation: Literal["paper", "released", "off"] = "paper"
     activation_threshold: float = 0.1
     update: Literal["coordinates", "gradient"] = "coordinates"
     rank: int = 256
 
+    def __post_init__(self) -> None:
+        for name in ("forbid_energy", "confine_energy"):
+            if not 0 < vars(self)[name] <= 1:
+                raise ValueError(f"{name} is a share in (0, 1], found {vars(self)[name]}")
+        for name in ("damping", "budget", "rank"):
+            value = vars(self)[name]
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, found {value}")
+        if self.num_experts == 1 or (self.num_experts and self.top_k == 1):
+            raise ValueError(
+                f"found num_experts {self.num_experts} and top_k {self.top_k}: where one expert "
+                "answers, its weight is the constant 1 and a router learns nothing. Set both to "
+                "two or more, or 'num_experts: 0' for a plain LoRA."
+            )
+        if self.budget is not None and self.factors != "both":
+            raise ValueError(
+                f"budget bounds the drift of a whole expert, but 'factors: {self.factors}' leaves "
+                "a part of it free. Set 'factors: both', or leave budget out."
+            )
+        if self.activation == "released":
+            # Its averages are one process's own: ranks would decide differently.
+            object.__setattr__(self, "engines", ("single",))
+
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put a guard on every weight that trains; what it allows is decided in `start_task`."""
-        for site in self.sites(model):
+        sites = self.sites(model)
+        self._check(model, sites)
+        for site in sites:
             if site.role == "router" and self.router == "frozen":
                 continue
             one = guard(site.module, site.name, in_fp32=site.native)
             one.update = self.update
+        rest(model)
+        if self.activation == "released":
+            for path, moe in resting_experts(model).items():
+                importance_E = memory.get(f"same/released/{path}")
+                expert = (task.index - 1) % self.num_experts
+                _follow(moe, ReleasedActivation(self.num_experts, expert, importance_E))
         only_train(model, [])
 
     def start_task(
@@ -66,33 +110,59 @@ class Same(Tuned):
     ) -> None:
         """Measure the task's input with the incoming model and set what each guard allows."""
         watch = self._measure(model, batches, reduce)
-        past = {source: self._past(memory, source) for source in watch.trackers}
-        spectra = {source: tracker.spectrum() for source, tracker in past.items() if tracker}
+        history = {source: self._history(memory, source) for source in watch.trackers}
+        spectra = {source: past.spectrum() for source, past in history.items() if past}
         for site in self._guarded(model):
-            one = installed_on(site.module)[site.name]
-            source = watch.source_of[site.source]
-            one.g = self._guard(site, watch.trackers[source], spectra.get(source))
+            one, source = installed_on(site.module)[site.name], watch.source_of[site.source]
+            past = spectra[source].to(one.displacement.device) if source in spectra else None
+            one.g = self._guard(site, watch.trackers[source], past)
             one.move(one.displacement.device)
-        self._rest(model, watch, memory)
+        if self.activation == "paper":
+            self._rest(model, watch, memory)
 
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """Add the task's input, as the finished model sees it, to the history of all tasks."""
+        if self.budget is not None:
+            self._keep_within_budget(model, memory, self.budget)
         watch = self._measure(model, batches, reduce)
+        past = {source: self._history(memory, source) for source in watch.trackers}
+        for path, source in watch.source_of.items():
+            memory[f"same/source/{path}"] = _text(source)
         for source, tracker in watch.trackers.items():
-            past = self._past(memory, source)
-            if past is not None:
-                tracker.merge(past)
+            if past[source] is not None:
+                tracker.merge(past[source])
             memory.put(f"same/moment/{source}", tracker.state())
         for path, use in watch.use.items():
-            past = memory.under(f"same/use/{path}")
-            if past:
-                use.merge(ExpertUsage.from_state(past))
+            before = memory.under(f"same/use/{path}")
+            if before:
+                use.merge(ExpertUsage.from_state(before))
             memory.put(f"same/use/{path}", use.state())
+        if self.activation == "released":
+            for path, moe in resting_experts(model).items():
+                memory[f"same/released/{path}"] = moe.released.importance_E
 
     def _guarded(self, model: nn.Module) -> list[Site]:
         return [site for site in self.sites(model) if site.name in installed_on(site.module)]
+
+    def _check(self, model: nn.Module, sites: list[Site]) -> None:
+        """Refuse settings under which the method would protect less than it says."""
+        mixtures = resting_experts(model)
+        if self.activation == "released" and not mixtures:
+            raise ValueError(
+                "'activation: released' rests LoRA experts, but num_experts is 0. Set num_experts "
+                "to two or more, or leave activation out."
+            )
+        if self.router in ("free", "frozen") or any(site.role == "router" for site in sites):
+            return
+        native = len(router_sites(model))
+        raise ValueError(
+            f"same protects routers, but in {type(model).__name__} none trains ({native} native "
+            f"routers, train_router is {self.train_router}, num_experts is {self.num_experts}). "
+            "Set num_experts to two or more for a routed mixture of LoRA experts, or "
+            "'router: frozen' to slow the trained weights alone."
+        )
 
     def _measure(self, model: nn.Module, batches: Batches, reduce: Reduce) -> Watch:
         modules = {site.source: model.get_submodule(site.source) for site in self._guarded(model)}
@@ -101,18 +171,20 @@ class Same(Tuned):
         watch.reduce(reduce)
         return watch
 
-    def _past(self, memory: Memory, source: str) -> CovarianceTracker | None:
-        state = memory.under(f"same/moment/{source}")
-        return CovarianceTracker.from_state(state) if state else None
+    def _history(self, memory: Memory, path: str) -> CovarianceTracker | None:
+        """The moments of what earlier tasks fed the module at `path`, None without one."""
+        keeper = memory.get(f"same/source/{path}")
+        if keeper is None:
+            return None
+        return CovarianceTracker.from_state(memory.under(f"same/moment/{_string(keeper)}"))
 
     def _guard(self, site: Site, now: CovarianceTracker, past: Spectrum | None) -> DriftGuard:
         """What `site` may do, given what it meets now and what it met before."""
         if site.role == "router" and self.router != "free":
             return self._router_guard(now.spectrum(), past)
-        slowed = site.role in {"both": ("A", "B", "weight"), "a": ("A", "weight"), "none": ()}[self.factors]
-        if past is None or not slowed:
+        if past is None or site.role not in SLOWED[self.factors]:
             return DriftGuard.free(engine.shape(site.weight)[-1])
-        c = low_rank_moment(self._a_of(site), past) if site.role == "B" else past
+        c = low_rank_moment(_effective(site.before), past) if site.role == "B" else past
         return DriftGuard.slow(c, damping=self.damping)
 
     def _router_guard(self, now: Spectrum, past: Spectrum | None) -> DriftGuard:
@@ -124,16 +196,8 @@ class Same(Tuned):
         # What the last one forbids stays forbidden exactly.
         return DriftGuard.compose(confined, DriftGuard.forbid(past, energy=self.forbid_energy))
 
-    def _a_of(self, site: Site) -> Tensor:
-        """The effective A (…, R, D) that feeds the B at `site`. Collective under sharding."""
-        assert site.before is not None
-        one = installed_on(site.before.module)[site.before.name]
-        return engine.full(site.before.weight).float() + one.displacement
-
     def _rest(self, model: nn.Module, watch: Watch, memory: Memory) -> None:
-        """Decide which LoRA experts move in this task, from sums over all ranks, and tell their guards."""
-        if self.activation == "off":
-            return
+        """Decide which LoRA experts move in this task, from sums over all ranks."""
         for path, moe in resting_experts(model).items():
             past = memory.under(f"same/use/{path}")
             if not past:
@@ -143,18 +207,70 @@ class Same(Tuned):
                 ExpertUsage.from_state(past).importance_E,
                 threshold=self.activation_threshold,
             )
-            moe.active = active_E
             for name in ("lora_A", "lora_B"):
                 one = installed_on(moe)[name]
                 one.active_E = active_E.float().to(one.displacement.device)
+        rest(model)
+
+    def _keep_within_budget(self, model: nn.Module, memory: Memory, budget: float) -> None:
+        """Join every expert's step to its displacement, slowed as the budget demands. Collective.
+
+        At the end, since only the finished step says what old inputs feel of it; and before this
+        task is measured, whose inputs depend on it.
+        """
+        for site in self._guarded(model):
+            history = self._history(memory, site.source)
+            if history is None or site.role not in ("weight", "B"):
+                continue
+            one = installed_on(site.module)[site.name]
+            past = history.spectrum().to(one.displacement.device)
+            if site.role == "B":
+                _join_factors(site, past, budget)
+            else:
+                step, weight_OD = one.step(engine.full(one.delta)), _effective(site)
+                _join(one, DriftGuard.slow(past, budget=budget, weight=weight_OD, delta=step))
 
 
-def low_rank_moment(a_RD: Tensor, c: Spectrum) -> Tensor:
-    """A C A^T (…, R, R): the second moment of what a LoRA B meets, from that of x.
+def _join_factors(site: Site, past: Spectrum, budget: float) -> None:
+    """Join the steps of both factors of the LoRA whose B is at `site`, A's first. Collective."""
+    a_site, weight_OD = site.before, engine.full(site.layer._parameters["weight"]).float()
+    a, b = (installed_on(one.module)[one.name] for one in (a_site, site))
+    b_OR, step_RD = site.scale * _effective(site), a.step(engine.full(a.delta))
+    _join(a, slow_a_within(budget, past, weight_OD, b_OR=b_OR, step_RD=step_RD))
+    step_OR = site.scale * b.step(engine.full(b.delta))
+    a_RD = _effective(a_site)
+    _join(b, slow_b_within(budget, past, weight_OD, a_RD=a_RD, step_OR=step_OR))
 
-    Beyond the kept directions C is taken as isotropic, with the trace that they leave over.
-    """
-    kept_RK = a_RD.float() @ c.basis_DK.float()
-    rest = (c.trace - c.eigenvalue_K.sum(-1)).clamp_min(0) / max(c.dim - c.eigenvalue_K.shape[-1], 1)
-    inside = (kept_RK * (c.eigenvalue_K - rest[..., None])[..., None, :]) @ kept_RK.mT
-    return inside + rest[..., None, None] * (a_RD.float() @ a_RD.float().mT)
+
+def _join(one: Guard, slowed: DriftGuard) -> None:
+    # A step within its budget joins as it is, without even the rounding of a change of basis.
+    advance(one, slowed if (slowed.gain_K < 1).any() else None)
+
+
+def _effective(site: Site) -> Tensor:
+    """The weight that earlier tasks left at `site`, fp32. Collective under sharding."""
+    return engine.full(site.weight).float() + installed_on(site.module)[site.name].displacement
+
+
+def _follow(moe: MoELoRA, rule: ReleasedActivation) -> None:
+    """Let `rule` decide at every training step which experts of `moe` answer and learn."""
+    moe.masks_routing = True
+    if "released" not in vars(moe):
+        moe.router.register_forward_hook(partial(_decide, moe))
+    moe.released = rule
+
+
+def _decide(moe: MoELoRA, router: nn.Module, args: tuple, logits_TE: Tensor) -> None:
+    # A recompute has to find the experts that its own forward had.
+    if moe.training and not recomputing():
+        weight_TE = logits_TE.detach().softmax(-1).flatten(0, -2).cpu()
+        input_TD = args[0].detach().flatten(0, -2).cpu()
+        moe.active = moe.released.step(weight_TE, input_TD).to(logits_TE.device)
+
+
+def _text(name: str) -> Tensor:
+    return torch.tensor(list(name.encode()), dtype=torch.uint8)
+
+
+def _string(name: Tensor) -> str:
+    return bytes(name.tolist()).decode()

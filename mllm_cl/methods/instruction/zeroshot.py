@@ -12,6 +12,8 @@ from mllm_cl.task import Sample, Task
 class ZeroShot(Method):
     """No training at all; every task is scored with the incoming model."""
 
-    def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample] | None:
+    def train_set(
+        self, task: Task, memory: Memory, past: Sequence[Task]
+    ) -> Sequence[Sample] | None:
         """Nothing to train on."""
         return None

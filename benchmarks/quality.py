@@ -1,0 +1,149 @@
+"""Every method on a recipe, several seeds each, as rows that are written when they finish:
+`python -m benchmarks.quality recipes/quickstart.yaml --methods finetune,same --seeds 0,1,2,3,4`.
+
+Cells that are done are not run again. `--set same:--method.damping=0.3` adds settings to one
+method, and `--set NAME=same:…` gives a variant a name of its own. `--table` prints mean and 95 %
+interval of what is there.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, …
+STUDENT = {
+    2: 12.71,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}
+FIGURES = (
+    "average",
+    "newest",
+    "forgetting",
+    "retain_average",
+    "overlap",
+    "memory_bytes",
+    "seconds",
+)
+
+
+def cell(recipe: str, variant: str, method: str, words: list[str], seed: int, folder: Path) -> dict:
+    """Run one cell and return its row."""
+    output = folder / f"{variant}-{seed}"
+    command = ["-m", "mllm_cl", "run", recipe, "--method.name", method, "--seed", str(seed)]
+    start = time.time()
+    subprocess.run(
+        [sys.executable, *command, "--output_dir", str(output), *words],
+        check=True,
+        capture_output=True,
+    )
+    return {
+        "variant": variant,
+        "seed": seed,
+        **figures(output),
+        "seconds": round(time.time() - start),
+    }
+
+
+def figures(output: Path) -> dict[str, float | None]:
+    """What a finished run says: scores, routing of the first task, bytes of state."""
+    scores = json.loads((output / "scores.json").read_text())
+    last = scores["rows"][-1]["scores"]
+    stage = max(output.glob("task_*"), key=lambda path: int(path.name.removeprefix("task_")))
+    drift = json.loads((stage / "drift.json").read_text())
+    first = [
+        row["overlap"] for name, row in drift.items() if name.startswith(f"{scores['tasks'][0]}::")
+    ]
+    newest = [
+        row["scores"][row["after"]] for row in scores["rows"] if row["after"] in scores["tasks"]
+    ]
+    return {
+        "average": scores["summary"]["average"],
+        "average_of_all": sum(last[name] for name in scores["tasks"]) / len(scores["tasks"]),
+        "newest": sum(newest) / len(newest),
+        "forgetting": scores["summary"].get("forgetting"),
+        "retain_average": scores["summary"].get("retain_average"),
+        "overlap": sum(first) / len(first) if first else None,
+        "memory_bytes": json.loads((stage / "manifest.json").read_text())["memory_bytes"],
+        "scores": last,
+    }
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half of the 95 % interval."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.3f} ± {STUDENT.get(len(values), 1.96) * deviation / math.sqrt(len(values)):.3f}"
+
+
+def table(rows: list[dict]) -> str:
+    """One Markdown line per variant."""
+    names = ["average_of_all", *[name for name in FIGURES if name != "average"]]
+    lines = ["| variant | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        cells = [[row[name] for row in mine if row.get(name) is not None] for name in names]
+        texts = [interval(values) if values else "–" for values in cells]
+        lines.append(f"| {variant} | {len(mine)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def parse_variants(methods: str, settings: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Variant -> (method, extra words)."""
+    found: dict[str, tuple[str, list[str]]] = {
+        name: (name, []) for name in methods.split(",") if name
+    }
+    for text in settings:
+        head, _, words = text.partition(":")
+        variant, _, method = head.rpartition("=")
+        found[variant or method] = (method, words.split())
+    return found
+
+
+def main() -> None:
+    """Parse, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/quality.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    rows = (
+        [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+        if arguments.rows.exists()
+        else []
+    )
+    variants = {} if arguments.table else parse_variants(arguments.methods, arguments.settings)
+    for seed in [int(word) for word in arguments.seeds.split(",")]:
+        for variant, (method, words) in variants.items():
+            if any((row["variant"], row["seed"]) == (variant, seed) for row in rows):
+                continue
+            rows.append(cell(arguments.recipe, variant, method, words, seed, arguments.folder))
+            with arguments.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(
+                json.dumps({key: value for key, value in rows[-1].items() if key != "scores"}),
+                flush=True,
+            )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Whole training steps, the task boundary and peak memory, each as a ratio inside one run:
+`python -m benchmarks.step --device cpu --shape tiny`, `--device cuda --shape llava-7b --dtype
+bfloat16`.
+
+Variants of one step (forward, backward, clipping, AdamW) on the same model and batch: `moe_lora`;
+`same` with its guards full of a second task's bases; `same` with the covariance tracked while
+training as well.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import timing
+from mllm_cl import Memory, Task, load_method
+from mllm_cl.model.adapt import Site
+from mllm_cl.model.surgery import advance, guards
+from mllm_cl.model.watch import Watch
+
+TRACK_EVERY = 20  # as often as the released SAME refreshes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The language model of a vision-language model, with fewer layers than the real one."""
+
+    width: int
+    inner: int
+    heads: int
+    layers: int
+    batch: int
+    tokens: int
+    steps_per_task: int
+
+
+SHAPES = {
+    "tiny": Shape(512, 1408, 8, 2, 4, 128, 1000),
+    "llava-7b-1": Shape(4096, 11008, 32, 1, 1, 256, 1000),  # one layer: what a CPU can hold
+    "llava-7b": Shape(4096, 11008, 32, 8, 4, 768, 1000),
+}
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama of that shape, as in LLaVA-1.5-7B, with a small vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        num_hidden_layers=shape.layers,
+        vocab_size=1024,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(device=device, dtype=dtype)
+
+
+class Variant:
+    """One method on a copy of the model, with its optimizer."""
+
+    def __init__(self, model: nn.Module, name: str, batch: dict[str, Tensor]) -> None:
+        self.method = load_method(name)(lora_target_modules=("gate_proj", "up_proj", "down_proj"))
+        self.model, self.batch, self.memory = model, batch, Memory()
+        self.task = Task("one", 1, [], [], lambda predictions, references: 0.0)
+        self.method.before_task(model, self.task, self.memory)
+        self.boundary_seconds = self._second_task()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+        self.trained = trained
+        model.train()
+
+    def _second_task(self) -> float:
+        """End a first task and start a second, so that guards have bases; the seconds beside the
+        forwards.
+        """
+        batches, start = [self.batch], time.perf_counter()
+        self.method.start_task(self.model, self.task, self.memory, batches, lambda total: total)
+        self.method.after_task(self.model, self.task, self.memory, batches, lambda total: total)
+        for one in guards(self.model).values():
+            advance(one)
+        self.method.start_task(self.model, self.task, self.memory, batches, lambda total: total)
+        return time.perf_counter() - start
+
+    def step(self) -> None:
+        """Forward, backward, clipping and AdamW."""
+        self.model(**self.batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def sources(variant: Variant) -> dict[str, nn.Module]:
+    """The modules whose input `same` tracks."""
+    sites: list[Site] = variant.method.sites(variant.model)
+    return {site.source: variant.model.get_submodule(site.source) for site in sites}
+
+
+def peak_bytes(run: Callable[[], None], device: str) -> int:
+    """The most memory held during `run`: the device's count, or this process's high-water mark."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
+    """The rows of all variants."""
+    model = build(shape, device, dtype)
+    tokens = torch.randint(0, 1024, (shape.batch, shape.tokens), device=device)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    plain = Variant(copy.deepcopy(model), "moe_lora", batch)
+    same = Variant(copy.deepcopy(model), "same", batch)
+    tracked = Variant(model, "same", batch)
+    watch = Watch(tracked.model, sources(tracked), every=TRACK_EVERY)
+    variants = {
+        "moe_lora": plain.step,
+        "same": same.step,
+        f"same, tracked every {TRACK_EVERY}": tracked.step,
+    }
+    timings = timing.compare(variants, rounds=rounds, warmup=3, device=device)
+    watch.close()
+    context = timing.environment(device) | {"dtype": str(dtype), "benchmark": "step"}
+    found = timing.rows(timings, baseline="moe_lora", context=context)
+    task = shape.steps_per_task * timings["same"].median
+    share = same.boundary_seconds / task
+    found.append(
+        {**context, "variant": "task boundary / task", "median_ms": 0, "ratio": round(share, 4)}
+    )
+    if device == "cuda":
+        memory = {name: peak_bytes(run, device) for name, run in variants.items()}
+        for name, peak in memory.items():
+            found.append(
+                {
+                    **context,
+                    "variant": f"peak memory {name}",
+                    "ratio": peak / memory["moe_lora"],
+                    "median_ms": 0,
+                }
+            )
+    return found
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shape", default="tiny", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", help="append the rows to this file, one a line")
+    arguments = parser.parse_args()
+    found = measure(
+        SHAPES[arguments.shape], arguments.device, getattr(torch, arguments.dtype), arguments.rounds
+    )
+    print(
+        timing.table(
+            f"step, {arguments.shape}, {arguments.dtype}", found, ("variant", "median_ms", "ratio")
+        )
+    )
+    if arguments.json:
+        with open(arguments.json, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+
+
+if __name__ == "__main__":
+    main()
