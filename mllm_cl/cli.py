@@ -3,7 +3,7 @@
     mllm-cl run recipes/quickstart.yaml --method.damping 0.3
     accelerate launch --config_file launch/zero3.yaml -m mllm_cl run recipes/quickstart.yaml
 
-Exit codes: 0 done, 1 failed, 2 bad recipe or input, 3 stopped early but saved, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad recipe or input, 130 interrupted.
 """
 
 import argparse
@@ -63,13 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from mllm_cl.recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
-    from mllm_cl.runner import Preempted, run
+    from mllm_cl.runner import run
 
-    try:
-        run(recipe)
-    except Preempted as stop:
-        _complain(f"stopped early, but saved: {stop}; the same command goes on from there")
-        return 3
+    run(recipe)
     return 0
 
 

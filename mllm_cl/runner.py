@@ -9,26 +9,23 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from mllm_cl import checkpoint, engine
-from mllm_cl.data import fingerprint, read
+from mllm_cl import checkpoint, engine, record
+from mllm_cl.data import read
 from mllm_cl.data.chat import ChatCollator
-from mllm_cl.drift import measure as drift
 from mllm_cl.evaluate import Answer, answers
-from mllm_cl.memory import Memory, load_tensors, save_tensors
+from mllm_cl.memory import Memory, load_tensors
 from mllm_cl.metrics.answers import metric
-from mllm_cl.metrics.scores import ZERO_SHOT, table
+from mllm_cl.metrics.scores import ZERO_SHOT
 from mllm_cl.model import anatomy
 from mllm_cl.model.adapt import resting_experts
 from mllm_cl.model.load import load_model, load_processor
@@ -37,13 +34,9 @@ from mllm_cl.model.watch import routing
 from mllm_cl.recipe import Recipe
 from mllm_cl.report import draw, show
 from mllm_cl.task import Sample, Task, TaskSequence
-from mllm_cl.trainer import Calibration, continual
+from mllm_cl.trainer import continual
 
 PROBE_SAMPLES = 32  # per task, on which routing is compared between stages
-
-
-class Preempted(RuntimeError):
-    """The run was asked to stop and has saved; the same command goes on."""
 
 
 def run(recipe: Recipe) -> Path:
@@ -62,7 +55,7 @@ def run(recipe: Recipe) -> Path:
             if engine.launched_zero_stage() == 3 and stage < stages[-1]:
                 _start_afresh()
     if engine.rank() == 0:
-        scores = _scores(recipe, folder, stages)
+        scores = record.scores_of(recipe, folder, stages)
         checkpoint.write_json(folder / "scores.json", scores)
         recipe.save(folder / "recipe.yaml")
         draw(scores, folder / "scores.png")
@@ -99,16 +92,11 @@ def _task(block, index: int, seed: int) -> Task:
     )
 
 
-def stage_folder(folder: Path, stage: int) -> Path:
-    """The folder of a stage: 0 is the incoming model, n the n-th task."""
-    return folder / f"task_{stage}"
-
-
 def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
     """Whether a stage is complete. ValueError where it was made by a recipe that differs in what
     counts.
     """
-    path = stage_folder(folder, stage)
+    path = record.stage_folder(folder, stage)
     if not (path / "scores.json").exists():
         return False
     written = json.loads((path / "recipe.json").read_text())
@@ -129,7 +117,7 @@ def _step(
     recipe: Recipe, sequence: TaskSequence, stage: int, folder: Path, before: int | None
 ) -> None:
     """One stage: the folder of the stage before it, and the recipe, to its own folder."""
-    path, start = stage_folder(folder, stage), time.monotonic()
+    path, start = record.stage_folder(folder, stage), time.monotonic()
     arguments = _arguments(recipe, path)
     set_seed(recipe.seed + stage)
     model, processor = load_model(recipe.model), load_processor(recipe.model)
@@ -137,7 +125,7 @@ def _step(
     memory = (
         Memory()
         if before is None
-        else Memory.load(stage_folder(folder, before) / "memory.safetensors")
+        else Memory.load(record.stage_folder(folder, before) / "memory.safetensors")
     )
     task, samples = _work(recipe, sequence, stage, memory)
     trainer = continual(Trainer)(
@@ -151,37 +139,33 @@ def _step(
     )
     if not sys.stderr.isatty():
         trainer.remove_callback(PrinterCallback)  # log.json keeps what it would print
+    earlier = {}
     if before is not None:
-        restore_state(
-            trainer.model, load_tensors(stage_folder(folder, before) / "state.safetensors")
-        )
+        earlier = load_tensors(record.stage_folder(folder, before) / "state.safetensors")
+        restore_state(trainer.model, earlier)
     if stage == 0 and engine.rank() == 0:
-        _tell_what_trains(trainer)
+        record.tell_what_trains(trainer)
     _train(trainer, stage, samples, path)
     bare = trainer.bare_model()
     given = _score(recipe, _scored(sequence, stage), bare, processor)
-    probes = _routing(bare, sequence, processor, stage, recipe)
-    state = trained_state(bare, base)
+    outcome = record.Outcome(
+        state=trained_state(bare, base),
+        memory=memory,
+        probes=_probes(bare, processor, (*sequence.retain, *sequence.tasks[:stage])),
+        kept=_kept(bare),
+        held=record.held(bare, earlier),
+        answers=given,
+        manifest=record.manifest(recipe, trainer, sequence),
+        log=trainer.state.log_history,
+    )
     if engine.rank() == 0:
-        scores = _write(path, recipe, stage, state, trainer, probes, given, sequence)
+        scores = record.write(folder, outcome, recipe=recipe, sequence=sequence, stage=stage)
         told = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
         done = f"{stage}/{len(sequence)} {sequence[stage - 1].name if stage else ZERO_SHOT}"
         print(f"{done}: {told}  ({time.monotonic() - start:.0f} s)", flush=True)
+        record.tell_what_held(outcome.held)
     engine.barrier()
     _release(trainer)
-
-
-def _tell_what_trains(trainer) -> None:
-    """Print the weights that the method trains: what matched, before hours are spent on it."""
-    from rich.console import Console
-
-    shapes = {
-        name.removesuffix("_guard.delta"): engine.shape(parameter)
-        for name, parameter in trainer.trained().items()
-    }
-    if shapes:
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(anatomy.shape_table(shapes, "trained"))
 
 
 def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
@@ -255,122 +239,29 @@ def _score(
     }
 
 
-def _routing(
-    model: nn.Module, sequence: TaskSequence, processor, stage: int, recipe: Recipe
-) -> dict[str, torch.Tensor]:
-    """Routing probabilities on fixed samples of what was learnt so far, by `task::router`.
-    Collective.
+def _watched(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a model: native ones, and those of mixtures of LoRA experts."""
+    mixtures = {path: moe.router for path, moe in resting_experts(model).items()}
+    return dict(anatomy.routers(model)) | mixtures
+
+
+def _kept(model: nn.Module) -> dict[str, int]:
+    """The experts per token of each router; two of a mixture of LoRA experts that weighs all."""
+    mixtures = {path: moe.top_k or 2 for path, moe in resting_experts(model).items()}
+    return anatomy.top_k(model) | mixtures
+
+
+def _probes(model: nn.Module, processor, learnt: Sequence[Task]) -> dict[str, torch.Tensor]:
+    """Routing probabilities on the first samples of each learnt task, by `task::router`, the same
+    on every rank. Collective.
     """
-    found = dict(anatomy.routers(model))
-    found |= {path: moe.router for path, moe in resting_experts(model).items()}
+    watched, collate = _watched(model), ChatCollator(processor)
     probes = {}
-    for task in (*sequence.retain, *sequence.tasks[:stage]) if found else ():
+    for task in learnt if watched else ():
         first = [task.eval[index] for index in range(min(PROBE_SAMPLES, len(task.eval)))]
-        batches = Calibration(
-            first, ChatCollator(processor), num_tokens=10**9, batch_size=PROBE_SAMPLES, seed=0
-        )
-        for router, probability_TE in routing(model, found, batches).items():
+        for router, probability_TE in routing(model, watched, [collate(first)]).items():
             probes[f"{task.name}::{router}"] = probability_TE.half()
     return probes
-
-
-def _write(path, recipe, stage, state, trainer, probes, given, sequence) -> dict[str, float]:
-    """Put a stage's results into its folder; scores.json comes last and says that all is there."""
-    save_tensors(state, path / "state.safetensors")
-    trainer.memory.save(path / "memory.safetensors")
-    save_tensors(probes, path / "routing.safetensors")
-    checkpoint.write_json(path / "drift.json", _drift(path, probes, stage))
-    checkpoint.write_json(path / "manifest.json", _manifest(recipe, trainer, sequence))
-    checkpoint.write_json(path / "log.json", trainer.state.log_history)
-    checkpoint.write_json(path / "recipe.json", recipe.stage(stage - 1))
-    for name, rows in given.items():
-        _write_lines(path / "predictions" / f"{name}.jsonl", [vars(row) for row in rows])
-    checkpoint.drop(path)
-    metrics = {task.name: task.metric for task in (*sequence.retain, *sequence.tasks)}
-    scores = {
-        name: metrics[name]([row.prediction for row in rows], [row.reference for row in rows])
-        for name, rows in given.items()
-    }
-    after = sequence[stage - 1].name if stage else ZERO_SHOT
-    checkpoint.write_json(path / "scores.json", {"after": after, "scores": scores})
-    return scores
-
-
-def _drift(path: Path, probes: dict[str, torch.Tensor], stage: int) -> dict[str, dict[str, float]]:
-    """How far routing on each learnt task's probe has moved since that task was learnt, by
-    `task::router`.
-    """
-    result = {}
-    for name, now_TE in probes.items():
-        learnt = _first_probe(path.parent, name, stage, now_TE).float()
-        now = now_TE.float()
-        result[name] = {
-            "overlap": float(drift.routing_overlap(learnt, now, k=min(2, now.shape[-1]))),
-            "distribution_overlap": float(drift.distribution_overlap(learnt, now)),
-            "kl": float(drift.routing_kl(learnt.log(), now.log())),
-            "entropy": float(drift.routing_entropy(now)),
-        }
-    return result
-
-
-def _first_probe(folder: Path, name: str, stage: int, now: torch.Tensor) -> torch.Tensor:
-    for earlier in range(stage):
-        file = stage_folder(folder, earlier) / "routing.safetensors"
-        tensors = load_tensors(file) if file.exists() else {}
-        if name in tensors:
-            return tensors[name]
-    return now
-
-
-def _manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, object]:
-    arguments = trainer.args
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    packages = (
-        "mllm_cl",
-        "torch",
-        "transformers",
-        "accelerate",
-        "peft",
-        "deepspeed",
-        "safetensors",
-    )
-    return {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in packages},
-        "engine": trainer.engine,
-        "world_size": engine.world_size(),
-        "effective_batch": batch * engine.world_size(),
-        "seed": recipe.seed,
-        "data": {
-            task.name: {"train": fingerprint(task.train), "eval": fingerprint(task.eval)}
-            for task in (*sequence.retain, *sequence.tasks)
-        },
-        "trained_parameters": sum(engine.shape(p).numel() for p in trainer.trained().values()),
-        "memory_bytes": trainer.memory.num_bytes,
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(partial, path)
-
-
-def _scores(recipe: Recipe, folder: Path, stages: list[int]) -> dict[str, object]:
-    rows = [
-        json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages
-    ]
-    return table(
-        [block.name for block in recipe.tasks], [block.name for block in recipe.retain], rows
-    )
 
 
 def _release(trainer) -> None:

@@ -89,18 +89,6 @@ def test_an_interrupted_command_returns_130(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_run_that_was_told_to_stop_but_saved_returns_3(monkeypatch, capsys):
-    runner = pytest.importorskip("mllm_cl.run")
-
-    def preempted(recipe):
-        raise runner.Preempted("at step 7 of task 1")
-
-    monkeypatch.setattr(runner, "run", preempted)
-    monkeypatch.setattr("mllm_cl.recipe.Recipe.load", lambda path, overrides: None)
-    assert cli.main(["run", "x.yaml"]) == 3
-    assert "step 7" in capsys.readouterr().err
-
-
 def test_tasks_are_listed(capsys):
     assert cli.main(["list", "tasks"]) == 0
     assert "toy:bars\n" in capsys.readouterr().out
