@@ -6,7 +6,7 @@ Engines: `single`, `ddp`, `zero1`, `zero2`, `zero3` (DeepSpeed) and `fsdp2` (DTe
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -122,7 +122,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
             if rank() == 0:
                 parameter.data.copy_(value)
     elif _is_dtensor(parameter):
-        parameter.copy_(_like(parameter, value))
+        parameter.copy_(_like(parameter, value.to(parameter.dtype)))
     else:
         parameter.copy_(value)
 
@@ -130,7 +130,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _set_zero(parameter: Tensor, value: Tensor, key: str | None) -> None:
@@ -192,16 +192,18 @@ def load_optimizer_state(
             _load_zero_state(inner, parameter, saved)
         else:
             inner.state[parameter] = {
-                key: _placed(parameter, value) for key, value in saved.items()
+                key: _placed(inner, parameter, value) for key, value in saved.items()
             }
 
 
-def _placed(parameter: Tensor, value: Tensor) -> Tensor:
+def _placed(inner: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
+    """A saved state where the optimizer wants it: fused kernels take their step from the device."""
     if value.dim() == 0:
-        return value.clone()
+        on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
+        return value.to(parameter.device) if on_device else value.clone()
     if _is_dtensor(parameter):
         return _like(parameter, value.to(parameter.device))
-    return value.to(device=parameter.device, dtype=parameter.dtype)
+    return value.to(parameter.device)
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -233,9 +235,14 @@ def _owner(inner: torch.optim.Optimizer, fragment: Tensor) -> Tensor:
 
 def _own_state(inner: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     if not _is_zero(parameter):
-        return {
-            key: value for key, value in inner.state[parameter].items() if torch.is_tensor(value)
-        }
+        state = inner.state[parameter]
+        odd = [key for key, value in state.items() if not torch.is_tensor(value)]
+        if odd:
+            raise ValueError(
+                f"{type(inner).__name__} keeps {odd[0]!r} outside of tensors, where a checkpoint "
+                "cannot hold it; choose an AdamW, or set 'save_strategy: no'"
+            )
+        return dict(state)
     # A rank may own no part of a small parameter; the collectives below need the same keys on all.
     return next((dict(state) for state in inner.state.values() if state), {})
 
@@ -248,7 +255,7 @@ def _load_zero_state(
         state = inner.state[flat]
         for key, value in saved.items():
             if value.dim() == 0:
-                state[key] = value.clone()
+                state[key] = _placed(inner, flat, value)
             elif key not in state:
                 state[key] = torch.zeros_like(flat)
         if not _is_zero3(parameter):
@@ -282,16 +289,6 @@ def wrap_what_exists(accelerator: Accelerator, model: nn.Module) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
 
 
-def mark_leaves(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Tell ZeRO-3 to gather each of `blocks` as one, so that ranks with different experts do not
-    hang.
-    """
-    from deepspeed.utils import set_z3_leaf_module
-
-    for block in blocks:
-        set_z3_leaf_module(block, True)
-
-
 @contextmanager
 def unsharded_loading() -> Iterator[None]:
     """Inside, `from_pretrained` builds whole models even when ZeRO-3 is launched."""
@@ -319,8 +316,10 @@ def launched_zero_stage() -> int:
 
 
 def rank() -> int:
-    """This process's number in the group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's number in the group; the launcher's, before there is a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -77,9 +77,7 @@ def _generate(
 ) -> list[str]:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items()}
-    tokenizer = getattr(
-        processor, "tokenizer", processor
-    )  # a text-only model's processor is its tokenizer
+    tokenizer = ChatCollator(processor).tokenizer
     with torch.no_grad():
         tokens = model.generate(
             **inputs,
@@ -87,9 +85,16 @@ def _generate(
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=_ends(model, tokenizer),
             synced_gpus=engine.world_size() > 1,
         )
     return tokenizer.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
+
+
+def _ends(model: nn.Module, tokenizer) -> list[int]:
+    """What ends an answer: the model's own list, which may name an end-of-turn token, and eos."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})

@@ -67,8 +67,8 @@ class Memory(MutableMapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Memory":
-        """Read what `save` wrote; a missing file is an empty memory."""
-        return cls(load_file(str(path))) if Path(path).exists() else cls()
+        """Read what `save` wrote; FileNotFoundError without it: nothing would be protected."""
+        return cls(load_tensors(path))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -161,7 +161,11 @@ class Recipe:
         Loading what this returns gives an equal recipe.
         """
         model, method = dataclasses.asdict(self.model), dataclasses.asdict(self.method)
-        own = {key: value for key, value in method.items() if key not in ADAPTER}
+        own = {
+            key: value
+            for key, value in method.items()
+            if key not in ADAPTER and (key, value) != ("seed", self.seed)
+        }
         tree = {
             "seed": self.seed,
             "output_dir": self.output_dir,
@@ -239,8 +243,10 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SCORING
     ),
+    "enable_jit_checkpoint": "checkpoints are the runner's own; set 'save_steps'",
+    "save_only_model": "a checkpoint that cannot be resumed is of no use to the runner",
     "hub_token": "secrets do not belong in a recipe; use 'hf auth login'",
-    "push_to_hub": "a finished run is exported, then uploaded",
+    "push_to_hub": "a run is not uploaded; its folder is the result",
 }
 FINITE = 1e30
 _LEAST = {
@@ -346,7 +352,7 @@ def _recipe(tree: dict[str, Any], stem: str) -> Recipe:
     evaluation = convert(tree["eval"], EvalBlock, "eval")
     model = convert(tree["model"], ModelBlock, "model")
     # last, since it imports torch
-    name, method, model = _method(tree["method"], model)
+    name, method, model = _method(tree["method"], model, seed)
     return Recipe(
         seed=seed,
         output_dir=output_dir,
@@ -360,7 +366,7 @@ def _recipe(tree: dict[str, Any], stem: str) -> Recipe:
     )
 
 
-def _method(settings: Any, model: ModelBlock) -> tuple[str, "Method", ModelBlock]:
+def _method(settings: Any, model: ModelBlock, seed: int) -> tuple[str, "Method", ModelBlock]:
     """The method's name and settings, and the model block with the adapter settings filled in."""
     settings = dict(convert(settings, dict[str, Any], "method"))
     if "name" not in settings:
@@ -391,6 +397,8 @@ def _method(settings: Any, model: ModelBlock) -> tuple[str, "Method", ModelBlock
                 f"found {_shown(value)}, but method {name!r} has no {key}; remove it",
             )
         adapter[key] = convert(_plain(value, ""), hints[key], f"model.{key}")
+    if "seed" in fields:
+        adapter = {"seed": seed, **adapter} if "seed" not in settings else adapter
     method = build(kind, settings, "method", given=adapter)
     filled = {key: vars(method)[key] for key in ADAPTER if key in fields}
     path = str(Path(name).resolve()) if name.endswith(".py") else name

@@ -85,9 +85,9 @@ def _score(task: Task, given: Mapping[str, Sequence[Answer]]) -> float:
 
 def router_drift(folder: Path, outcome: Outcome, stage: int) -> dict[str, dict[str, float]]:
     """How far routing on each learnt task has moved since it was learnt, by `task::router`."""
-    result = {}
+    result, first = {}, _first_probes(folder, stage)
     for name, probability_TE in outcome.probes.items():
-        learnt_TE = _first_probe(folder, name, stage, probability_TE).float()
+        learnt_TE = first.get(name, probability_TE).float()
         now_TE = probability_TE.float()
         # Half precision rounds small probabilities to 0, whose logarithm is no number.
         logits = [part.clamp_min(1e-7).log() for part in (learnt_TE, now_TE)]
@@ -102,13 +102,14 @@ def router_drift(folder: Path, outcome: Outcome, stage: int) -> dict[str, dict[s
     return result
 
 
-def _first_probe(folder: Path, name: str, stage: int, now: Tensor) -> Tensor:
+def _first_probes(folder: Path, stage: int) -> dict[str, Tensor]:
+    """Each probe as it was when its task had just been learnt, from the stages before this one."""
+    found: dict[str, Tensor] = {}
     for earlier in range(stage):
         file = stage_folder(folder, earlier) / "routing.safetensors"
-        tensors = load_tensors(file) if file.exists() else {}
-        if name in tensors:
-            return tensors[name]
-    return now
+        if file.exists():
+            found = {**load_tensors(file), **found}
+    return found
 
 
 def held(model: nn.Module, earlier: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

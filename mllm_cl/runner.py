@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mllm_cl import checkpoint, engine, record
 from mllm_cl.data import read
@@ -31,7 +31,7 @@ from mllm_cl.model.adapt import resting_experts
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
 from mllm_cl.model.watch import routing
-from mllm_cl.recipe import Recipe
+from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.report import draw, show
 from mllm_cl.task import Sample, Task, TaskSequence
 from mllm_cl.trainer import continual
@@ -42,6 +42,8 @@ PROBE_SAMPLES = 32  # per task, on which routing is compared between stages
 def run(recipe: Recipe) -> Path:
     """Train and score the tasks of `recipe` in turn; stages that are done are not done again.
 
+    Under ZeRO-3 the process runs the caller's own command again after each task (see
+    `_start_afresh`), so what comes before this call has to bear that.
     Returns the output folder, whose `scores.json` holds the matrix. Collective: every process of a
     launch calls it.
     """
@@ -83,17 +85,16 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
 
 def _task(block, index: int, seed: int) -> Task:
     train_size = None if index == 0 else block.train_size
-    return Task(
-        name=block.name,
-        index=index,
-        train=read(block.data, "train", train_size, seed, **block.args),
-        eval=read(block.data, "test", block.eval_size, 0, **block.args),
-        metric=metric(block.metric),
-    )
+    try:
+        train = read(block.data, "train", train_size, seed, **block.args)
+        test = read(block.data, "test", block.eval_size, 0, **block.args)
+    except ValueError as error:
+        raise RecipeError(f"{block.name}.data", str(error)) from None
+    return Task(block.name, index, train, test, metric(block.metric))
 
 
 def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
-    """Whether a stage is complete. ValueError where it was made by a recipe that differs in what
+    """Whether a stage is complete. RecipeError where it was made by a recipe that differs in what
     counts.
     """
     path = record.stage_folder(folder, stage)
@@ -105,10 +106,11 @@ def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
         key = next(
             key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key)
         )
-        raise ValueError(
+        raise RecipeError(
+            "output_dir",
             f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, "
             f"{json.dumps(wanted.get(key))} in this recipe. Choose another output_dir, or go "
-            "back to the recipe that is in the folder."
+            "back to the recipe that is in the folder.",
         )
     return True
 
@@ -119,7 +121,6 @@ def _step(
     """One stage: the folder of the stage before it, and the recipe, to its own folder."""
     path, start = record.stage_folder(folder, stage), time.monotonic()
     arguments = _arguments(recipe, path)
-    set_seed(recipe.seed + stage)
     model, processor = load_model(recipe.model), load_processor(recipe.model)
     base = {name for name, _ in model.named_parameters()}
     memory = (
@@ -128,15 +129,18 @@ def _step(
         else Memory.load(record.stage_folder(folder, before) / "memory.safetensors")
     )
     task, samples = _work(recipe, sequence, stage, memory)
-    trainer = continual(Trainer)(
-        model=model,
-        args=arguments,
-        train_dataset=samples,
-        data_collator=ChatCollator(processor),
-        method=recipe.method,
-        task=task,
-        memory=memory,
-    )
+    try:
+        trainer = continual(Trainer)(
+            model=model,
+            args=arguments,
+            train_dataset=samples,
+            data_collator=ChatCollator(processor),
+            method=recipe.method,
+            task=task,
+            memory=memory,
+        )
+    except ValueError as error:  # settings, model and launch that do not go together
+        raise RecipeError("method", str(error)) from error
     if not sys.stderr.isatty():
         trainer.remove_callback(PrinterCallback)  # log.json keeps what it would print
     earlier = {}
@@ -151,7 +155,9 @@ def _step(
     outcome = record.Outcome(
         state=trained_state(bare, base),
         memory=memory,
-        probes=_probes(bare, processor, (*sequence.retain, *sequence.tasks[:stage])),
+        probes=_probes(
+            bare, processor, (*sequence.retain, *sequence.tasks[:stage]), recipe.eval.batch_size
+        ),
         kept=_kept(bare),
         held=record.held(bare, earlier),
         answers=given,
@@ -247,11 +253,15 @@ def _watched(model: nn.Module) -> dict[str, nn.Module]:
 
 def _kept(model: nn.Module) -> dict[str, int]:
     """The experts per token of each router; two of a mixture of LoRA experts that weighs all."""
-    mixtures = {path: moe.top_k or 2 for path, moe in resting_experts(model).items()}
+    mixtures = {
+        path: moe.top_k or min(2, moe.num_experts) for path, moe in resting_experts(model).items()
+    }
     return anatomy.top_k(model) | mixtures
 
 
-def _probes(model: nn.Module, processor, learnt: Sequence[Task]) -> dict[str, torch.Tensor]:
+def _probes(
+    model: nn.Module, processor, learnt: Sequence[Task], batch_size: int
+) -> dict[str, torch.Tensor]:
     """Routing probabilities on the first samples of each learnt task, by `task::router`, the same
     on every rank. Collective.
     """
@@ -259,7 +269,9 @@ def _probes(model: nn.Module, processor, learnt: Sequence[Task]) -> dict[str, to
     probes = {}
     for task in learnt if watched else ():
         first = [task.eval[index] for index in range(min(PROBE_SAMPLES, len(task.eval)))]
-        for router, probability_TE in routing(model, watched, [collate(first)]).items():
+        parts = range(0, len(first), batch_size)
+        batches = [collate(first[start : start + batch_size]) for start in parts]
+        for router, probability_TE in routing(model, watched, batches).items():
             probes[f"{task.name}::{router}"] = probability_TE.half()
     return probes
 

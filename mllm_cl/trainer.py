@@ -2,9 +2,10 @@
 are complete.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
                                      data_collator=collator, method=method, task=task,
                                      memory=memory)
 
+    `train_dataset` is what the method wants to train on: `method.train_set(task, memory, past)`,
+    which is the task's own data but for methods with `rehearsal`.
     Raises ValueError for a launch that would silently train something else, and for an engine on
     which the method cannot keep its promise.
     """
@@ -76,8 +79,6 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             zero.
             """
             output = super().train(*args, **kwargs)
-            if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
-                return output
             self.finish_task()
             return output
 
@@ -244,11 +245,19 @@ class Calibration:
         seed: int = 0,
     ) -> None:
         self.samples, self.collator, self.batch_size = samples, collator, batch_size
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(samples), generator=generator).tolist()
+        self.num_tokens, self.seed = num_tokens, seed
+
+    @cached_property
+    def chosen(self) -> list[int]:
+        """The indices of the selection; nothing is read before a method asks for a batch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.samples), generator=generator).tolist()
         mean = self._collate(order[:16])["attention_mask"].sum().item() / min(16, len(order))
-        number = min(len(order), max(16, int(num_tokens / mean)))
-        self.chosen = order[: number - number % (16 if number >= 16 else engine.world_size())]
+        number = min(len(order), max(16, int(self.num_tokens / mean)))
+        world = engine.world_size()
+        unit = math.lcm(16, world) if number >= math.lcm(16, world) else world
+        # Fewer samples than processes: some see one twice, since all must make the same forwards.
+        return (order * -(-unit // len(order)))[: max(number - number % unit, unit)]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         mine = self.chosen[engine.rank() :: engine.world_size()]

@@ -45,7 +45,7 @@ def theirs(name: str, *, late: bool = True) -> set[str]:
     return {each.partition(".")[0] for each in imports(tree(name), late=late)} - {"mllm_cl"}
 
 
-# Who may import whom: DESIGN, section 4
+# Who may import whom: docs/architecture.md
 
 
 def test_the_mathematics_imports_nothing_of_ours():

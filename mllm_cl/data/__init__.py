@@ -5,12 +5,13 @@ both.
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from mllm_cl.task import Sample
 
 
 def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Sequence[Sample]:
-    """The samples of `toy:NAME`, or of a file, folder or hub data set with columns `messages` and
+    """The samples of `toy:NAME`, or of a folder or hub data set with columns `messages` and
     `images`.
 
     `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to
@@ -19,11 +20,15 @@ def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Seq
     if data.startswith("toy:"):
         from mllm_cl.data.toy import toy_task
 
+        if args:
+            raise ValueError(f"toy tasks take no args, found {', '.join(args)}")
         number = size or (2000 if split == "train" else 200)
         return toy_task(data.removeprefix("toy:"), split, number, seed)
     from datasets import load_dataset
 
-    rows = load_dataset(data, split=split, **args)
+    if Path(data).expanduser().is_file():
+        raise ValueError(f"{data} is a file; give a folder that holds a train and a test file")
+    rows = load_dataset(str(Path(data).expanduser()), split=split, **args)
     missing = {"messages", "images"} - set(rows.column_names)
     if missing:
         raise ValueError(
@@ -43,6 +48,6 @@ def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:
     ):
         sample = samples[index]
         digest.update(json.dumps([str(sample["id"]), sample["messages"]]).encode())
-        for image in sample["images"]:
+        for image in sample["images"] or ():
             digest.update(image.tobytes())
     return digest.hexdigest()[:16]

@@ -81,9 +81,12 @@ def matrix(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[li
 
 
 def summary(
-    rows: Sequence[Mapping[str, Any]], retain: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]], retain: Sequence[str] = (), order: Sequence[str] = ()
 ) -> dict[str, float | None]:
     """The derived numbers of a run, finished or not, over the tasks learnt so far.
+
+    `order` names all tasks; where some that were learnt have no row of their own (joint training
+    learns all at once) only the average is defined, over all of them.
 
     `rows` are in the order of learning; a first row "zero-shot" is the model before any training.
     `retain` names columns that are never learnt: their mean, and its change since the first row,
@@ -96,7 +99,10 @@ def summary(
         )
     tasks = [name for name in after if name != ZERO_SHOT]
     results: dict[str, float] = {}
-    if tasks:
+    learnt = list(order[: order.index(tasks[-1]) + 1]) if order and tasks else tasks
+    if tasks != learnt:
+        results = {"average": _mean(matrix(rows[-1:], learnt)[0])}
+    elif tasks:
         scores = matrix([row for row in rows if row["after"] != ZERO_SHOT], tasks)
         zero_shot = matrix(rows[:1], tasks)[0] if after[0] == ZERO_SHOT else [math.nan] * len(tasks)
         results = {
@@ -122,7 +128,7 @@ def table(
         "tasks": list(tasks),
         "retain": list(retain),
         "rows": list(rows),
-        "summary": summary(rows, retain),
+        "summary": summary(rows, retain, tasks),
     }
 
 

@@ -42,11 +42,6 @@ class Site:
         """The parameter itself."""
         return self.module._parameters[self.name]
 
-    @property
-    def weight_path(self) -> str:
-        """The parameter's qualified name."""
-        return f"{self.path}.{self.name}"
-
 
 def router_sites(model: nn.Module) -> list[Site]:
     """The native routers of a sparse model; empty for a dense one."""

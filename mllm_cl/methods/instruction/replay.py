@@ -50,8 +50,13 @@ class Replay(Tuned):
 
 def num_bytes(sample: Sample) -> int:
     """What keeping a sample costs: its text as UTF-8 and its images as PNG."""
-    text = sum(len(str(message["content"]).encode()) for message in sample["messages"])
-    return text + sum(_png_bytes(image) for image in sample["images"])
+    text = sum(len(_text(message["content"]).encode()) for message in sample["messages"])
+    return text + sum(_png_bytes(image) for image in sample["images"] or ())
+
+
+def _text(content: str | list[dict]) -> str:
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(part.get("text") or "" for part in parts)
 
 
 def _png_bytes(image) -> int:
