@@ -282,7 +282,6 @@ def _release(trainer) -> None:
         trainer.deepspeed.destroy()
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-    del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -63,6 +63,16 @@ def skip_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def prepare_launch() -> str:
+    """Make this process ready for the engine it was launched for, and name that engine."""
+    expected = os.environ["EXPECTED_ENGINE"]
+    if expected == "fsdp2":
+        shard_on_cpu()
+    if expected.startswith("zero"):
+        skip_shared_memory_op()
+    return expected
+
+
 def method_of(case: Case):
     from mllm_cl import load_method
 
@@ -172,11 +182,7 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
 
 
 def main(out: Path, models: Path) -> None:
-    expected = os.environ["EXPECTED_ENGINE"]
-    if expected == "fsdp2":
-        shard_on_cpu()
-    if expected.startswith("zero"):
-        skip_shared_memory_op()
+    expected = prepare_launch()
     import torch
     from safetensors.torch import save_file
 

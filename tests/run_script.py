@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from engine_script import shard_on_cpu, skip_shared_memory_op
+from engine_script import prepare_launch
 
 
 def write_footprint(folder: Path) -> None:
@@ -26,11 +26,7 @@ def write_footprint(folder: Path) -> None:
 
 
 def main() -> None:
-    expected = os.environ["EXPECTED_ENGINE"]
-    if expected == "fsdp2":
-        shard_on_cpu()
-    if expected.startswith("zero"):
-        skip_shared_memory_op()
+    prepare_launch()
     import torch
     from transformers import Trainer
 
