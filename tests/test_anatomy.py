@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, DogeConfig, LongcatFlashConfig, Z
 import families
 from families import DENSE, FAMILIES, HIDDEN, NUM_EXPERTS, SPARSE, TOP_K
 from mllm_cl.model import anatomy
+from mllm_cl.model.linears import linears
+from mllm_cl.model.walk import walk
 
 # Sparse layers x routers per layer, by hand from the configs: 3 layers, of which some are dense.
 NUM_ROUTERS = dict.fromkeys(SPARSE, 3) | {
@@ -181,7 +183,8 @@ def test_a_router_class_of_another_name_is_found(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_family_is_named(name):
-    assert name not in inspect.getsource(anatomy)
+    for function in (anatomy.routers, linears, walk):
+        assert name not in inspect.getsource(inspect.getmodule(function))
 
 
 def test_unusual_routers_are_found():
@@ -329,55 +332,51 @@ def ends(modules: dict[str, nn.Module]) -> set[str]:
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "llava_mixtral", "aria", "llama4", "gemma4"])
 def test_names_stay_in_the_language_model_unless_told(name):
     model = FAMILIES[name]()
-    language = anatomy.linears(model, ["q_proj", "v_proj"])
+    language = linears(model, ["q_proj", "v_proj"])
     assert len(language) == 2 * families.NUM_LAYERS
     assert all(at.startswith(("model.language_model.", "language_model.")) for at in language)
-    vision = anatomy.linears(model, "all-linear", scope="vision")
+    vision = linears(model, "all-linear", scope="vision")
     assert vision and not language.keys() & vision.keys()
-    everything = anatomy.linears(model, "all-linear", scope="all")
+    everything = linears(model, "all-linear", scope="all")
     assert everything.keys() > vision.keys() | language.keys()
 
 
 def test_a_regular_expression_reaches_everything_and_can_be_held_back():
     model = families.llava()
-    reached = anatomy.linears(model, r".*\.(q_proj|linear_1)")
+    reached = linears(model, r".*\.(q_proj|linear_1)")
     assert len(reached) == 3 + 2 + 1
-    held = anatomy.linears(model, r".*\.(q_proj|linear_1)", scope="language")
-    assert held == anatomy.linears(model, ["q_proj"])
+    held = linears(model, r".*\.(q_proj|linear_1)", scope="language")
+    assert held == linears(model, ["q_proj"])
 
 
 def test_dotted_names_choose_by_what_is_around():
     model = families.qwen3_5_moe()
     assert (
-        len(anatomy.linears(model, ["down_proj"]))
-        == len(anatomy.linears(model, ["shared_expert.down_proj"]))
-        == 3
+        len(linears(model, ["down_proj"])) == len(linears(model, ["shared_expert.down_proj"])) == 3
     )
-    assert len(anatomy.linears(model, ["layers.1.self_attn.q_proj"])) == 1
-    assert anatomy.linears(model, ["down_proj"]) == anatomy.linears(
-        model, ["down_proj", "shared_expert.down_proj"]
-    )
+    assert len(linears(model, ["layers.1.self_attn.q_proj"])) == 1
+    assert linears(model, ["down_proj"]) == linears(model, ["down_proj", "shared_expert.down_proj"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_linear_leaves_routers_and_heads_out(name):
     model = FAMILIES[name]()
-    found = anatomy.linears(model, "all-linear")
+    found = linears(model, "all-linear")
     assert found and all(type(module) is nn.Linear for module in found.values())
     assert not {id(module) for module in found.values()} & {
         id(module) for module in anatomy.routers(model).values()
     }
     assert not {"lm_head", "embed_tokens"} & ends(found)
-    assert ends(anatomy.linears(model, ["lm_head"])) == {"lm_head"}
+    assert ends(linears(model, ["lm_head"])) == {"lm_head"}
 
 
 def test_linear_layers_keep_their_names_inside_peft():
     model = get_peft_model(families.llava(), LoraConfig(target_modules=["q_proj"]))
-    found = anatomy.linears(model, ["q_proj", "v_proj"])
+    found = linears(model, ["q_proj", "v_proj"])
     assert len(found) == 6
     assert all(model.get_submodule(at) is module for at, module in found.items())
     assert all(module.weight.shape[1] == HIDDEN for module in found.values())
-    assert len(anatomy.linears(model, r"model\.language_model\.layers\.0\.self_attn\..*")) == 4
+    assert len(linears(model, r"model\.language_model\.layers\.0\.self_attn\..*")) == 4
 
 
 @pytest.mark.parametrize(
@@ -397,29 +396,29 @@ def test_linear_layers_keep_their_names_inside_peft():
 )
 def test_a_pattern_that_matches_nothing_is_an_error_that_helps(patterns, message):
     with pytest.raises(ValueError) as error:
-        anatomy.linears(families.llava(), patterns)
+        linears(families.llava(), patterns)
     assert message in str(error.value)
 
 
 def test_vision_of_a_text_model_is_an_error():
     with pytest.raises(ValueError, match="Qwen2ForCausalLM has no image encoder"):
-        anatomy.linears(families.qwen2(), ["q_proj"], scope="vision")
+        linears(families.qwen2(), ["q_proj"], scope="vision")
 
 
 def test_an_unknown_scope_is_an_error():
     with pytest.raises(ValueError, match="scope is one of language, vision, all, not 'text'"):
-        anatomy.linears(families.qwen2(), ["q_proj"], scope="text")
+        linears(families.qwen2(), ["q_proj"], scope="text")
 
 
 def test_plain_modules_have_linear_layers_and_no_routers():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     assert anatomy.routers(model) == {}
-    assert list(anatomy.linears(model, "all-linear")) == ["0", "2"]
+    assert list(linears(model, "all-linear")) == ["0", "2"]
 
 
 def test_the_table_counts_modules_and_weights():
     model = families.mixtral()
-    shown = anatomy.table(anatomy.routers(model) | anatomy.linears(model, ["k_proj"]))
+    shown = anatomy.table(anatomy.routers(model) | linears(model, ["k_proj"]))
     names, counts, shapes, weights = (list(column.cells) for column in shown.columns)
     assert names == ["model.layers.*.mlp.gate", "model.layers.*.self_attn.k_proj", "total"]
     assert (counts, shapes) == (["3", "3", "6"], ["6 x 48", "24 x 48", ""])

@@ -11,8 +11,11 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from mllm_cl.method import load_method, names
 from mllm_cl.recipe import Recipe, RecipeError, training_hints
+from mllm_cl.recipe.blocks import ADAPTER
 
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 METHOD = """
     from dataclasses import dataclass
     from typing import Literal
@@ -304,6 +307,109 @@ def test_a_bad_override_is_named(tree, tmp_path, words, key):
     assert "command line" in str(error) or "with --" in str(error)
 
 
+OTHER = ["--method.name", "finetune"]
+
+
+def test_another_method_leaves_out_what_it_does_not_take_of_the_file_and_says_so(tree, tmp_path):
+    tree["method"] |= {"steps": 7, "calibration_tokens": 500}
+    recipe = Recipe.load(write(tree, tmp_path / "good.yaml"), OTHER)
+    assert recipe.notes == ("method finetune does not take damping, steps: left out",)
+    assert recipe.method == load_method("finetune")(
+        calibration_tokens=500, lora_r=8, seed=3, lora_target_modules="all-linear"
+    )
+    assert {"damping", "steps"}.isdisjoint(recipe.resolved()["method"])
+
+
+def test_what_was_left_out_leaves_no_trace_in_the_run(tree, tmp_path):
+    swept = Recipe.load(write(tree, tmp_path / "good.yaml"), OTHER)
+    tree["method"] = {"name": "finetune"}
+    written = Recipe.load(write(tree, tmp_path / "plain.yaml"))
+    swept.save(tmp_path / "saved.yaml")
+    assert swept.notes and swept == written == Recipe.load(tmp_path / "saved.yaml")
+    assert swept.fingerprint(1) == written.fingerprint(1) and not written.notes
+
+
+def test_settings_of_the_command_line_go_to_the_method_of_the_command_line(tree, tmp_path):
+    tree["method"]["calibration_tokens"] = 500
+    words = ["--method.calibration_tokens", "600", "--method.buffer_bytes=9"]
+    recipe = Recipe.load(write(tree, tmp_path / "good.yaml"), [*words, "--method.name", "replay"])
+    assert (recipe.method.calibration_tokens, recipe.method.buffer_bytes) == (600, 9)
+    assert recipe.notes == ("method replay does not take damping: left out",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "key"),
+    [
+        ({}, ["--method.damping", "0.5"], "method.damping"),  # typed, so meant
+        ({}, ["--method.steps=5"], "method.steps"),
+        ({}, ["--method.probe.size=5"], "method.probe"),
+        ({}, ["--method={name: finetune, damping: 1.0}"], "method.damping"),  # the block is typed
+        ({"dampng": 0.2}, [], "method.dampng"),  # known to neither
+        ({"top_k": 2}, [], "method.top_k"),  # known to the other, but the file is wrong as it is
+        ({"damping": "strong"}, [], "method.damping"),
+        ({"probe": {"siz": 2}}, [], "method.probe.siz"),
+        ({"calibration_tokens": 1.5}, [], "method.calibration_tokens"),
+        ({"lora_r": 8}, [], "method.lora_r"),
+        ({"name": "no_such_method"}, [], "method.name"),
+        ({"name": None}, [], "method.damping"),  # then all of it is said of the one method named
+    ],
+)
+def test_another_method_hides_no_mistake(tree, tmp_path, settings, words, key):
+    tree["method"] |= settings
+    assert error_of(tree, tmp_path, *OTHER, *words).key == key
+
+
+def test_the_files_own_method_named_again_changes_nothing(tree, tmp_path):
+    name = tree["method"]["name"]
+    recipe = Recipe.load(write(tree, tmp_path / "good.yaml"), ["--method.name", name])
+    assert recipe.method.damping == 0.3 and not recipe.notes
+    tree["method"]["dampng"] = 1
+    assert error_of(tree, tmp_path, "--method.name", name).key == "method.dampng"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", names())
+def test_every_method_runs_on_every_recipe(path, name):
+    experts = ["--method.num_experts", "4"] if name == "moe_lora" else []
+    recipe = Recipe.load(path, ["--method.name", name, *experts])
+    assert recipe.method_name == recipe.method.name == name
+    assert recipe.model == Recipe.load(path).model
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"top_k": 2}, "top_k 2 with num_experts 0"),
+        ({"top_k": 2, "use_peft": False}, "top_k 2 with num_experts 0"),
+        ({"lora_dropout": 0.1, "num_experts": 4}, "lora_dropout 0.1 with num_experts 4"),
+        ({"lora_dropout": 0.1, "use_peft": False}, "lora_dropout 0.1 with use_peft false"),
+    ],
+)
+def test_a_setting_that_another_one_makes_idle_is_refused(tree, tmp_path, settings, found):
+    with pytest.raises(ValueError, match=found):
+        load_method("finetune")(**settings)
+    tree["method"] = {"name": "finetune"}
+    tree["model"] = {"model_name_or_path": "toy:qwen3_vl_moe"}
+    for key, value in settings.items():
+        tree["model" if key in ADAPTER else "method"][key] = value
+    error = error_of(tree, tmp_path)
+    assert error.key == "method" and found in error.problem and "Set" in error.problem
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 2, "num_experts": 4},
+        {"lora_dropout": 0.1},
+        {"lora_dropout": 0.0, "num_experts": 4},
+        {"num_experts": 0, "use_peft": False, "lora_r": 4},  # a size asks for nothing by itself
+    ],
+)
+def test_settings_that_go_together_are_taken(settings):
+    method = load_method("finetune")(**settings)
+    assert settings.items() <= vars(method).items()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -395,11 +501,12 @@ def test_every_training_argument_is_known_with_its_type():
     assert {name: hints[name] for name in plain} == plain
 
 
-def test_a_typing_error_is_told_before_anything_heavy_is_imported(tree, tmp_path):
+@pytest.mark.parametrize("words", [[], OTHER])
+def test_a_typing_error_is_told_before_anything_heavy_is_imported(tree, tmp_path, words):
     tree["training"]["learning_rat"] = 1
     program = (
         "import sys; from mllm_cl.recipe import Recipe, RecipeError\n"
-        f"try: Recipe.load({str(write(tree, tmp_path / 'bad.yaml'))!r})\n"
+        f"try: Recipe.load({str(write(tree, tmp_path / 'bad.yaml'))!r}, {words})\n"
         "except RecipeError: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Where things are in a Hugging Face model, by name: its native routers and its linear layers.
+"""The native routers of a Hugging Face model, by name, and tables of modules to look at.
 
 No model family is named here. A model of transformers declares which of its modules it records
 `router_logits` from; the router is the module below those that owns the weight.
@@ -6,27 +6,22 @@ No model family is named here. A model of transformers declares which of its mod
 Shapes: T tokens, D model width, E experts.
 """
 
-import difflib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
 from mllm_cl import engine
+from mllm_cl.model.walk import bare, is_recorded, walk
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Scope = Literal["language", "vision", "all"]
 
 # Fields that count experts, of configs and modules (`n_routed_experts`, `num_router_classes`).
 _COUNT = re.compile(r"(?!.*shared)(\w+_)?n(um)?_\w*(experts|router_classes)")
@@ -44,7 +39,7 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     Raises ValueError if the config counts experts and no router is found, if none of the weights in
     a recorded module can be its router's, or if a fused kernel routes without calling the router.
     """
-    found = _routers(model)
+    found = recorded_routers(model)
     for name in found:
         _refuse_kernel(model, name)
     if not found:
@@ -80,54 +75,9 @@ def logits(router: nn.Module, inputs: Tensor) -> Tensor:
         return logits_TE if bias_E is None else logits_TE + bias_E.to(dtype)
 
 
-def linears(
-    model: nn.Module, patterns: str | Sequence[str], *, scope: Scope | None = None
-) -> dict[str, nn.Linear]:
-    """The linear layers that `patterns` name, as in PEFT's `target_modules`: name -> module.
-
-    A list holds names or dotted ends of names (`["q_proj", "mlp.down_proj"]`). A string is one
-    regular expression for the whole name, or "all-linear": every linear layer but routers and the
-    output head. Names are matched as they were before PEFT; adapters never match.
-
-    `scope` is "language" (decoder and output head), "vision" (the image encoder) or "all" (these,
-    projectors and the rest). Unless given it is "language", since LoRA on `q_proj` should not reach
-    the vision tower unasked, except for a regular expression, which says itself where.
-
-    Raises ValueError for a pattern that matches nothing, with the names nearest to it.
-    """
-    if not patterns:
-        raise ValueError(
-            "no pattern given: name linear layers, such as ['q_proj', 'v_proj'], or 'all-linear'"
-        )
-    if scope not in (None, *get_args(Scope)):
-        raise ValueError(f"scope is one of {', '.join(get_args(Scope))}, not {scope!r}")
-    is_regex = isinstance(patterns, str) and patterns != "all-linear"
-    within = scope or ("all" if is_regex else "language")
-    live = {name: module for name, module, _ in _walk(model)}
-    everywhere = {name: module for name, module in live.items() if isinstance(module, nn.Linear)}
-    inside = _within(model, everywhere, within)
-    if patterns == "all-linear":
-        left_out = {id(module) for module in (*_routers(model).values(), *_heads(model))}
-        return {name: module for name, module in inside.items() if id(module) not in left_out}
-    wanted = set()
-    for pattern in [patterns] if is_regex else patterns:
-        matched = _matches(pattern, inside, is_regex)
-        if not matched:
-            raise ValueError(_unmatched(pattern, is_regex, within, inside, everywhere, live))
-        wanted |= matched
-    return {name: module for name, module in inside.items() if name in wanted}
-
-
-def vision_names(model: nn.Module) -> set[str]:
-    """The qualified names of the image encoder and all in it; empty where there is none."""
-    wholes = (module for _, module, _ in _walk(model) if isinstance(module, PreTrainedModel))
-    inside = _vision(next(wholes, None))
-    return {name for name, module in model.named_modules() if id(module) in inside}
-
-
 def table(modules: Mapping[str, nn.Module]) -> "Table":
     """What `routers` or `linears` found, to look at: a row per shape and name, layers starred."""
-    return shape_table({_bare(name): _weight_shape(module) for name, module in modules.items()})
+    return shape_table({bare(name): _weight_shape(module) for name, module in modules.items()})
 
 
 def shape_table(shapes: Mapping[str, tuple[int, ...]], title: str = "modules") -> "Table":
@@ -148,70 +98,12 @@ def shape_table(shapes: Mapping[str, tuple[int, ...]], title: str = "modules") -
     return shown
 
 
-# Walking a model: what is live in it, and what transformers records of it
-
-
-def _walk(
-    module: nn.Module, name: str = "", recorders: Sequence[OutputRecorder] = ()
-) -> Iterator[tuple[str, nn.Module, Sequence[OutputRecorder]]]:
-    """(name, module, router recorders in force) of all in `module` but PEFT's adapters.
-
-    A submodel's declaration replaces that of the model around it, as in transformers' own hooks.
-    """
-    if isinstance(module, PreTrainedModel):
-        recorders = _router_recorders(module)
-    yield name, module, recorders
-    for child_name, child in _live_children(module):
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name, recorders)
-
-
-def _live_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, BaseTunerLayer):
-        yield from (
-            (name, child) for name, child in module.named_children() if name == "base_layer"
-        )
-    elif isinstance(module, ModulesToSaveWrapper):
-        if module.disable_adapters or not module.active_adapters:
-            yield "original_module", module.original_module
-        else:
-            active = module.active_adapters[0]
-            yield f"modules_to_save.{active}", module.modules_to_save[active]
-    else:
-        yield from (
-            (name, child) for name, child in module.named_children() if name != "parametrizations"
-        )
-
-
-def _router_recorders(model: PreTrainedModel) -> list[OutputRecorder]:
-    """What `model` declares under keys that name routers: a class, a name, a recorder or a list."""
-    declared = []
-    for key, value in model.can_record_outputs.items():
-        if "router" in key:
-            declared += value if isinstance(value, (list, tuple)) else [value]
-    return [_recorder(value) for value in declared]
-
-
-def _recorder(value: OutputRecorder | type[nn.Module] | str) -> OutputRecorder:
-    if isinstance(value, str):
-        return OutputRecorder(target_class=None, class_name=value)
-    return value if isinstance(value, OutputRecorder) else OutputRecorder(target_class=value)
-
-
-def _is_recorded(name: str, module: nn.Module, recorder: OutputRecorder) -> bool:
-    by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
-    by_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
-    place = f".{recorder.layer_name.strip('.')}." if recorder.layer_name is not None else "."
-    return (by_class or by_name) and place in f".{name}."
-
-
-# Routers
-
-
-def _routers(model: nn.Module) -> dict[str, nn.Module]:
+def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """What `routers` finds, without its refusals: for whoever only wants to leave routers alone."""
     counts = set(_expert_counts(model).values())
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module, recorders in _walk(model):
-        if any(_is_recorded(name, module, recorder) for recorder in recorders):
+    for name, module, recorders in walk(model):
+        if any(is_recorded(name, module, recorder) for recorder in recorders):
             for owner_name, owner in _owners(name, module, counts):
                 # A block and the router in it may both be recorded, and modules may be shared.
                 found.setdefault(id(owner), (owner_name, owner))
@@ -222,7 +114,7 @@ def _owners(name: str, recorded: nn.Module, counts: set[int]) -> list[tuple[str,
     """The modules at or below a recorded one that own its routing weight (E, D): usually itself."""
     if _weight_shape(recorded):
         return [(name, recorded)]
-    below = [(at, module) for at, module, _ in _walk(recorded, name) if _weight_shape(module)]
+    below = [(at, module) for at, module, _ in walk(recorded, name) if _weight_shape(module)]
     if len(below) == 1:
         return below
     counts = counts | {
@@ -263,7 +155,7 @@ def _expert_counts(model: nn.Module) -> dict[str, int]:
     """Every field of the configs in `model` that counts experts."""
     configs = (
         module.config.to_dict()
-        for _, module, _ in _walk(model)
+        for _, module, _ in walk(model)
         if isinstance(module, PreTrainedModel)
     )
     return {
@@ -306,7 +198,7 @@ def _refuse_hidden_experts(model: nn.Module) -> None:
     Unless it says how its routers would be recorded and has no experts either: all layers dense.
     """
     counts = _expert_counts(model)
-    declares = any(recorders for _, _, recorders in _walk(model))
+    declares = any(recorders for _, _, recorders in walk(model))
     sizes = (engine.shape(parameter) for parameter in model.parameters())
     has_experts = any(len(size) == 3 and size[0] in counts.values() for size in sizes)
     if counts and (has_experts or not declares):
@@ -341,94 +233,3 @@ def _top_k(model: nn.Module, name: str) -> int:
             f"{said or 'none'}"
         )
     return next(iter(said.values()))
-
-
-# Linear layers
-
-
-def _bare(name: str) -> str:
-    """A module's name as it was before PEFT: without the names of its wrappers."""
-    name = re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.|$)", "", name)
-    return name.removeprefix("base_model.model.")
-
-
-def _matches(pattern: str, modules: Iterable[str], is_regex: bool) -> set[str]:
-    if not is_regex:
-        return {name for name in modules if f".{_bare(name)}".endswith(f".{pattern}")}
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return {name for name in modules if compiled.fullmatch(_bare(name))}
-
-
-def _unmatched(
-    pattern: str,
-    is_regex: bool,
-    scope: Scope,
-    inside: Mapping[str, nn.Linear],
-    everywhere: Mapping[str, nn.Linear],
-    live: Mapping[str, nn.Module],
-) -> str:
-    """The message for a pattern that matches no linear layer in its scope."""
-    message = f"{pattern!r} matches no linear layer of scope {scope!r}."
-    elsewhere = sorted(_matches(pattern, everywhere, is_regex))
-    if elsewhere:
-        count, first = len(elsewhere), elsewhere[0]
-        return f"{message} It matches {count} outside, such as {first}: pass scope='all' for them."
-    others = {type(live[name]).__name__ for name in _matches(pattern, live, is_regex)}
-    if others:
-        return f"{message} What it names is no nn.Linear but {', '.join(sorted(others))}."
-    # As long an end of the names as the pattern itself is.
-    depth = 0 if is_regex else pattern.count(".") + 1
-    ends = {".".join(re.sub(r"\b\d+\b", "*", _bare(name)).split(".")[-depth:]) for name in inside}
-    nearest = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.0)
-    hint = (
-        " A string is a regular expression for the whole name; put names into a list."
-        if is_regex
-        else ""
-    )
-    return f"{message} Nearest: {', '.join(nearest)}.{hint}"
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The output heads (`lm_head`) of a model and its submodels."""
-    heads = [
-        m.get_output_embeddings() for _, m, _ in _walk(model) if isinstance(m, PreTrainedModel)
-    ]
-    return [head for head in heads if head is not None]
-
-
-def _within(
-    model: nn.Module, modules: Mapping[str, nn.Linear], scope: Scope
-) -> dict[str, nn.Linear]:
-    if scope == "all":
-        return dict(modules)
-    whole = next(
-        (module for _, module, _ in _walk(model) if isinstance(module, PreTrainedModel)), None
-    )
-    vision = _vision(whole)
-    if scope == "vision":
-        if not vision:
-            raise ValueError(
-                f"{type(whole).__name__} has no image encoder, so nothing has scope 'vision'"
-            )
-        return {name: module for name, module in modules.items() if id(module) in vision}
-    language = (
-        _ids([whole.get_decoder(), *_heads(model)]) - vision if whole is not None else _ids([model])
-    )
-    return {name: module for name, module in modules.items() if id(module) in language}
-
-
-def _vision(whole: PreTrainedModel | None) -> set[int]:
-    if whole is None:
-        return set()
-    encoder = whole.get_encoder(modality="image")
-    # Where there is no such encoder, transformers answers None, the model itself or its body.
-    if encoder is None or whole.get_decoder() in encoder.modules():
-        return set()
-    return _ids([encoder])
-
-
-def _ids(roots: Iterable[nn.Module]) -> set[int]:
-    return {id(module) for root in roots for module in root.modules()}

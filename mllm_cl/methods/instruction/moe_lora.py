@@ -15,3 +15,11 @@ class MoELoRAMethod(Tuned):
 
     num_experts: int = 8
     train_router: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.num_experts:
+            raise ValueError(
+                "moe_lora is a mixture of LoRA experts, found num_experts 0. Set it to two or "
+                "more (8 in CoIN), or choose finetune."
+            )

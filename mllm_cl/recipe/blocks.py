@@ -1,0 +1,133 @@
+"""The blocks of a recipe whose keys are our own; each field is a key, and its default is the key's.
+
+Relative paths count from the working directory.
+"""
+
+import re
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mllm_cl.metrics.answers import metric
+from mllm_cl.recipe.errors import RecipeError
+from mllm_cl.recipe.hints import Between, Count
+
+# adapter settings stand under `model`, as in TRL, and are read by the method that has such a field
+ADAPTER = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBlock:
+    """The model, in the names of TRL's `ModelConfig`; adapter settings default to the method's."""
+
+    model_name_or_path: str
+    model_revision: str | None = None
+    adapter_name_or_path: str | None = None  # a PEFT adapter that joins the weights as they load
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    use_peft: bool | None = None
+    lora_r: Count | None = None
+    lora_alpha: Annotated[int | float, Between(0)] | None = None
+    lora_dropout: Annotated[float, Between(0, 1)] | None = None
+    lora_target_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        _must_exist("model_name_or_path", self.model_name_or_path)
+        if self.adapter_name_or_path is not None:
+            _must_exist("adapter_name_or_path", self.adapter_name_or_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainBlock:
+    """Data to keep answering: `data` is `toy:NAME`, a file, a folder or a data set of the hub."""
+
+    name: str
+    data: str
+    eval_size: Count | None = None
+    metric: str = "exact_match"
+    args: dict[str, Any] = field(default_factory=dict)  # handed to the reader of `data`
+
+    def __post_init__(self) -> None:
+        # it names a file and a column of scores.json, whose row "zero-shot" is before any training
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name) or self.name == "zero-shot":
+            expected = "expected letters, digits and . _ + - (not 'zero-shot')"
+            raise RecipeError("name", f"found {self.name!r}, {expected}")
+        _must_exist("data", self.data)
+        try:
+            metric(self.metric)
+        except ValueError as error:
+            raise RecipeError("metric", str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBlock(RetainBlock):
+    """Data to learn, one task after another; sizes that are left out mean all there is.
+
+    `supersedes` names an earlier task whose questions are asked again and whose answers are wrong
+    from here on: a rule, a preference or a fact that has changed. Nothing protects those answers.
+    """
+
+    train_size: Count | None = None
+    supersedes: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBlock:
+    """What happens to rows that cannot be used, and to samples of more than `max_length` tokens.
+
+    `skip` puts the next good row in the place of a bad one, up to `error_budget` of a set's rows
+    (one at least), and leaves it out where a set is scored. Nothing is ever cut.
+    """
+
+    on_error: Literal["error", "skip"] = "error"
+    error_budget: Annotated[float, Between(0, 1)] = 0.001
+    max_length: Count | None = None
+    too_long: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBlock:
+    """How answers are generated when the tasks are scored."""
+
+    batch_size: Count = 64
+    max_new_tokens: Count = 8
+    backend: Literal["hf", "vllm"] = "hf"
+
+    def __post_init__(self) -> None:
+        if self.backend == "vllm":
+            absent = "" if find_spec("vllm") else " (it is not installed either)"
+            raise RecipeError(
+                "backend",
+                f"found 'vllm', which cannot score a run{absent}: it serves checkpoints, not a "
+                "live model with guards and adapters, and gives no loss on the right answers. "
+                "Leave it out, or set 'hf'.",
+            )
+
+
+def tell_apart(blocks: dict[str, tuple[RetainBlock, ...]]) -> None:
+    """RecipeError if there is no task, or two blocks of data have one name."""
+    if not blocks["tasks"]:
+        raise RecipeError("tasks", "found an empty list, expected at least one task")
+    first: dict[str, str] = {}
+    for place, block in blocks.items():
+        for index, data in enumerate(block):
+            key = f"{place}.{index}.name"
+            if first.setdefault(data.name, key) != key:
+                raise RecipeError(key, f"found {data.name!r}, which {first[data.name]} is already")
+    for index, task in enumerate(blocks["tasks"]):
+        earlier = [one.name for one in blocks["tasks"][:index]]
+        if task.supersedes is not None and task.supersedes not in earlier:
+            known = f"expected an earlier task: {', '.join(earlier)}" if earlier else "it is first"
+            raise RecipeError(f"tasks.{index}.supersedes", f"found {task.supersedes!r}, {known}")
+
+
+def _must_exist(key: str, text: str) -> None:
+    """Refuse what looks like a path and is not there; anything else is left to the reader."""
+    ends = (".json", ".jsonl", ".parquet", ".csv", ".safetensors")
+    if not text or text == "toy:":
+        raise RecipeError(key, f"found {text!r}, expected toy:NAME, a path or a name on the hub")
+    path = text.startswith(("/", "./", "../", "~")) or text.endswith(ends)
+    if path and not Path(text).expanduser().exists():
+        raise RecipeError(key, f"found {text!r}, no such file or folder (from {Path.cwd()})")

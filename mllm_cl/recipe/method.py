@@ -1,0 +1,106 @@
+"""The block `method`: the fields of the method's own dataclass, and adapter settings from `model`.
+
+A command line may name another method than the file: what the file says of its own method alone is
+then left out, and a note says so.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from mllm_cl.recipe.blocks import ADAPTER, ModelBlock
+from mllm_cl.recipe.convert import build, convert, plain, refuse_unknown, settable
+from mllm_cl.recipe.errors import RecipeError, shown
+
+if TYPE_CHECKING:
+    from mllm_cl.method import Method
+
+
+def written_method(tree: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's own `method` block, less what the command line sets, if that names a method too.
+
+    Else empty: then whatever the block holds has to suit the method.
+    """
+    block = tree.get("method")
+    if "method.name" not in given or "method" in given or not isinstance(block, dict):
+        return {}
+    set_anew = {key.split(".")[1] for key in given if key.startswith("method.")} - {"name"}
+    named = isinstance(block.get("name"), str)
+    return {key: block[key] for key in block if key not in set_anew} if named else {}
+
+
+def method_block(
+    settings: Any, model: ModelBlock, seed: int, written: Mapping[str, Any]
+) -> tuple[str, "Method", ModelBlock, tuple[str, ...]]:
+    """The name of the method, the method, `model` with its adapter settings filled in, and notes.
+
+    `written` is the block of `written_method`.
+    """
+    settings = dict(convert(settings, dict[str, Any], "method"))
+    if "name" not in settings:
+        raise RecipeError("method.name", "is missing")
+    name = convert(settings.pop("name"), str, "method.name")
+    for key in ADAPTER:
+        if key in settings:
+            raise RecipeError(
+                f"method.{key}",
+                f"does not belong here (found {shown(settings[key])}): set 'model.{key}'",
+            )
+    kind = _kind(name)
+    left_out = _left_out(written, name, kind)
+    settings = {key: value for key, value in settings.items() if key not in left_out}
+    adapter = _adapter(model, name, kind)
+    if "seed" in settable(kind) and "seed" not in settings:
+        adapter = {"seed": seed, **adapter}
+    method = build(kind, settings, "method", given=adapter)
+    filled = {key: vars(method)[key] for key in ADAPTER if key in settable(kind)}
+    path = str(Path(name).resolve()) if name.endswith(".py") else name
+    note = f"method {name} does not take {', '.join(left_out)}: left out"
+    return path, method, dataclasses.replace(model, **filled), (note,) if left_out else ()
+
+
+def _kind(name: str) -> type["Method"]:
+    from mllm_cl.method import load_method
+
+    try:
+        return load_method(name)
+    except ValueError as error:
+        raise RecipeError("method.name", str(error)) from None
+
+
+def _adapter(model: ModelBlock, name: str, kind: type["Method"]) -> dict[str, Any]:
+    """The adapter settings that stand under `model`, as the types that the method declares."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for key in ADAPTER:
+        value = dataclasses.asdict(model)[key]
+        if value is None:
+            continue
+        if key not in settable(kind):
+            raise RecipeError(
+                f"model.{key}",
+                f"found {shown(value)}, but method {name!r} has no {key}; remove it",
+            )
+        found[key] = convert(plain(value, ""), hints[key], f"model.{key}")
+    return found
+
+
+def _left_out(written: Mapping[str, Any], name: str, kind: type["Method"]) -> list[str]:
+    """What the file says of its own method that the method called `name` does not take.
+
+    It has to be right all the same, or a typing error would hide as long as methods are swept over.
+    """
+    if not written or written["name"] == name:
+        return []
+    block = {key: value for key, value in written.items() if key != "name"}
+    try:
+        own = _kind(written["name"])
+    except RecipeError as error:
+        problem = f"{error.problem}; so the file says, and its settings cannot be told apart"
+        raise RecipeError("method.name", problem) from None
+    refuse_unknown(block, settable(own), "method")
+    hints = get_type_hints(own, include_extras=True)
+    for key, value in block.items():
+        convert(value, hints[key], f"method.{key}")
+    return [key for key in block if key not in settable(kind)]
