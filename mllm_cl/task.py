@@ -1,10 +1,11 @@
 """Tasks and their order: the unit of a continual run is the sequence, not the data set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from mllm_cl.metrics.pairs import Metric
+
 Sample = dict[str, object]
-Metric = Callable[[list[str], list[str]], float]
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,10 @@ class Task:
 
     `train` and `eval` are map-style sequences of samples
     `{"id": str, "messages": [...], "images": [PIL.Image]}` whose last message is the assistant's.
+    A sample may have `references`, a list of right answers, to be scored against in its place.
     `metric` maps (predictions, references) to [0, 1], higher is better.
     `labels` holds class names that appear first here; it is empty for instruction tuning.
+    `supersedes` names an earlier task whose answers this one replaces: nobody protects those.
     """
 
     name: str
@@ -23,6 +26,7 @@ class Task:
     eval: Sequence[Sample]
     metric: Metric
     labels: tuple[str, ...] = ()
+    supersedes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class TaskSequence:
             raise ValueError(
                 f"task names must be unique, but these appear twice: {', '.join(twice)}"
             )
+
+    def before(self, index: int) -> "tuple[Task, ...]":
+        """The tasks before the `index`-th (from 1) whose answers still hold when it is learnt."""
+        replaced = {task.supersedes for task in self.tasks[:index]}
+        return tuple(task for task in self.tasks[: index - 1] if task.name not in replaced)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

@@ -101,6 +101,15 @@ def test_unknown_tasks_and_splits_are_refused():
         toy_task("bars", "train", 3)[3]
 
 
+def test_a_changed_rule_has_the_same_pictures_and_questions_and_no_answer_of_the_old_one():
+    old, new = toy_task("dial", "test", 20), toy_task("dial", "test", 20, shift=3)
+    for before, after in zip(old, new, strict=True):
+        assert before["images"][0].tobytes() == after["images"][0].tobytes()
+        assert before["messages"][0] == after["messages"][0]
+        answers = [sample["messages"][1]["content"][0]["text"] for sample in (before, after)]
+        assert (int(answers[0]) - 1 + 3) % 8 == int(answers[1]) - 1
+
+
 def test_every_toy_word_is_one_token_and_other_text_round_trips():
     tokenizer = toy_tokenizer()
     for name in ALL:

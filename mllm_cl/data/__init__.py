@@ -5,39 +5,32 @@ both.
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
+from mllm_cl.data.errors import DataError
 from mllm_cl.task import Sample
 
 
-def read(data: str, split: str, size: int | None, seed: int, **args: str) -> Sequence[Sample]:
-    """The samples of `toy:NAME`, or of a folder or hub data set with columns `messages` and
-    `images`.
+def read(data: str, split: str, size: int | None, seed: int, **args: object) -> Sequence[Sample]:
+    """The samples of `toy:NAME`, or of a file, a folder or a data set of the hub.
 
     `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to
-    test.
+    test, and one of the `args`, `shift`; for all else they are `mllm_cl.data.source.reading`'s.
+    Raises DataError, a ValueError, for what cannot be read; a row that cannot be used raises it
+    when it is asked for.
     """
     if data.startswith("toy:"):
         from mllm_cl.data.toy import toy_task
 
-        if args:
-            raise ValueError(f"toy tasks take no args, found {', '.join(args)}")
+        shift = args.pop("shift", 0)
+        if args or type(shift) is not int:
+            found = ", ".join(args) or f"shift {shift!r}"
+            raise DataError(f"toy tasks take one arg, 'shift: NUMBER'; found {found}")
         number = size or (2000 if split == "train" else 200)
-        return toy_task(data.removeprefix("toy:"), split, number, seed)
-    from datasets import load_dataset
+        return toy_task(data.removeprefix("toy:"), split, number, seed, shift=shift)
+    from mllm_cl.data.source import open_samples
+    from mllm_cl.data.source.reading import Reading
 
-    if Path(data).expanduser().is_file():
-        raise ValueError(f"{data} is a file; give a folder that holds a train and a test file")
-    rows = load_dataset(str(Path(data).expanduser()), split=split, **args)
-    missing = {"messages", "images"} - set(rows.column_names)
-    if missing:
-        raise ValueError(
-            f"{data} lacks the columns {', '.join(sorted(missing))}; it has "
-            f"{', '.join(rows.column_names)}"
-        )
-    if "id" not in rows.column_names:
-        rows = rows.add_column("id", [f"{split}-{index}" for index in range(len(rows))])
-    return rows if size is None else rows.select(range(min(size, len(rows))))
+    return open_samples(data, split, size, Reading.of(args))
 
 
 def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:

@@ -11,6 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from mllm_cl.data.errors import DataError
+from mllm_cl.data.source.images import rgb
+
 IGNORE = -100  # the label that torch's cross-entropy skips
 
 
@@ -21,7 +24,8 @@ class ChatCollator:
     Training batches are padded on the right. With `prompt_only` the last message is left out, the
     batch is padded on the left for `generate`, and there are no labels. Whatever else the processor
     returns (pixel_values, image_grid_thw, mm_token_type_ids, ...) is passed on. Nothing is ever
-    truncated: more than `max_length` tokens, pictures included, is a ValueError naming the sample.
+    truncated: more than `max_length` tokens, pictures included, is a DataError naming the sample,
+    as is whatever the chat template or the processor refuses.
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
@@ -44,31 +48,46 @@ class ChatCollator:
         ]
         batch = self._encode(texts, samples, padding_side="right")
         lengths = [
-            self._answer_length(sample["id"], prompt, text)
+            self._answer_length(sample, prompt, text)
             for sample, prompt, text in zip(samples, prompts, texts, strict=True)
         ]
         batch["labels"] = _labels(batch["input_ids"], batch["attention_mask"], lengths)
         return batch
 
-    def _render(self, messages: list[dict], *, answer_next: bool) -> str:
+    def text(self, sample: Mapping) -> str:
+        """The whole chat as it is tokenised for training, its pictures one placeholder each."""
+        return self._full(sample, self._prompt(sample))
+
+    def num_text_tokens(self, text: str) -> int:
+        """How many tokens a rendered chat has before pictures are expanded."""
+        special = not self._opens_with_bos(text)
+        return len(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _render(self, sample: Mapping, messages: list[dict], *, answer_next: bool) -> str:
         if self.processor is self.tokenizer:  # templates of text-only models expect plain strings
-            messages = [{**message, "content": _text(message["content"])} for message in messages]
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_next
-        )
+            texts = [_text(sample, message["content"]) for message in messages]
+            pairs = zip(messages, texts, strict=True)
+            messages = [{**message, "content": text} for message, text in pairs]
+        try:
+            return self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise _about(sample, f"the chat template refuses it: {error}") from error
 
     def _prompt(self, sample: Mapping) -> str:
-        return self._render(sample["messages"][:-1], answer_next=True)
+        return self._render(sample, sample["messages"][:-1], answer_next=True)
 
     def _full(self, sample: Mapping, prompt: str) -> str:
         """The whole chat, ending with the end-of-turn token."""
-        text = self._render(sample["messages"], answer_next=False)
+        text = self._render(sample, sample["messages"], answer_next=False)
         if not text.startswith(prompt):
-            raise ValueError(
-                f"sample {sample['id']}: this chat template does not continue its own generation "
+            raise _about(
+                sample,
+                "this chat template does not continue its own generation "
                 f"prompt, so the answer cannot be located. The prompt is {prompt!r}, the chat "
                 f"{text!r}. Set a chat template whose rendering of messages[:-1] with "
-                "add_generation_prompt is a prefix of its rendering of all messages."
+                "add_generation_prompt is a prefix of its rendering of all messages.",
             )
         text = text.rstrip()
         special = tuple(
@@ -93,19 +112,20 @@ class ChatCollator:
             options["add_special_tokens"] = False
         if self.processor is not self.tokenizer:
             options["images"] = images or None
-        batch = dict(self.processor(text=texts, **options))
-        for sample, length in zip(
-            samples, batch["attention_mask"].sum(dim=1).tolist(), strict=True
-        ):
+        try:
+            batch = dict(self.processor(text=texts, **options))
+        except Exception as error:  # every family's processor has its own way of refusing
+            if len(samples) > 1:  # find the one that it is about
+                for text, sample in zip(texts, samples, strict=True):
+                    self._encode([text], [sample], padding_side=padding_side)
+            raise _about(samples[0], f"the processor refuses it: {error}") from error
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        for sample, length in zip(samples, lengths, strict=True):
             if self.max_length is not None and length > self.max_length:
-                raise ValueError(
-                    f"sample {sample['id']} has {length} tokens, pictures included; max_length is "
-                    f"{self.max_length}. Raise max_length, shrink the pictures in the processor, "
-                    "or drop the sample."
-                )
+                raise too_long(sample, length, self.max_length)
         return batch
 
-    def _answer_length(self, name: str, prompt: str, text: str) -> int:
+    def _answer_length(self, sample: Mapping, prompt: str, text: str) -> int:
         """How many tokens the answer and its end-of-turn token have.
 
         Counted before pictures are expanded: an expansion is in the prompt and adds alike to both.
@@ -114,10 +134,11 @@ class ChatCollator:
         head = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         whole = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         if whole[: len(head)] != head:
-            raise ValueError(
-                f"sample {name}: the tokens of the prompt are not the first tokens of the chat, so "
-                "training would see another prompt than generation does. The prompt ends with "
-                f"{prompt[-40:]!r}; end the chat template's generation prompt where a token ends."
+            raise _about(
+                sample,
+                "the tokens of the prompt are not the first tokens of the chat, so training would "
+                f"see another prompt than generation does. The prompt ends with {prompt[-40:]!r}; "
+                "end the chat template's generation prompt where a token ends.",
             )
         return len(whole) - len(head)
 
@@ -126,17 +147,16 @@ def _checked(sample: Mapping) -> dict:
     """The sample with RGB pictures and without the None fields that Arrow adds."""
     messages, images = sample["messages"], sample.get("images") or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"sample {sample['id']}: the last of at least two messages must be the assistant's"
-        )
+        raise _about(sample, "the last of at least two messages must be the assistant's")
     messages = [{"role": m["role"], "content": _parts(m["content"])} for m in messages]
     slots = sum(part["type"] == "image" for message in messages for part in message["content"])
     if slots != len(images):
-        raise ValueError(
-            f"sample {sample['id']}: the messages refer to {slots} images, "
-            f"the sample has {len(images)}"
-        )
-    return {"id": sample["id"], "messages": messages, "images": [_rgb(image) for image in images]}
+        problem = f"the messages refer to {slots} images, the sample has {len(images)}"
+        raise _about(sample, problem)
+    try:
+        return {**sample, "messages": messages, "images": [rgb(image) for image in images]}
+    except DataError as error:
+        raise _about(sample, error.problem) from None
 
 
 def _parts(content: str | Sequence[Mapping]) -> list[dict]:
@@ -145,16 +165,38 @@ def _parts(content: str | Sequence[Mapping]) -> list[dict]:
     return [{key: value for key, value in part.items() if value is not None} for part in content]
 
 
-def _text(content: Sequence[Mapping]) -> str:
+def _text(sample: Mapping, content: Sequence[Mapping]) -> str:
     if any(part["type"] != "text" for part in content):
-        raise ValueError(
-            "a text-only model was given a sample with an image; choose a model with a vision tower"
-        )
+        problem = "it has an image, and this model sees none; choose one with a vision tower"
+        raise _about(sample, problem)
     return "".join(part["text"] for part in content)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
+def too_long(sample: Mapping, length: int, max_length: int) -> DataError:
+    """What is wrong with a sample of more than `max_length` tokens."""
+    problem = f"has {length} tokens, pictures included; max_length is {max_length}"
+    what_to_do = "Raise max_length, shrink the pictures, or set 'too_long: drop'."
+    return _about(sample, f"{problem}. {what_to_do}")
+
+
+def _about(sample: Mapping, problem: str) -> DataError:
+    colon = " " if problem.startswith("has ") else ": "
+    return DataError(f"sample {sample['id']}{colon}{problem}", *sample.get("where", ()))
+
+
+def picture_inputs(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+) -> dict[str, Tensor]:
+    """What `processor` makes of a small grey picture, the text left out; empty if it takes none."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return {}
+    asked = [{"type": "image"}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "."}]
+    grey = Image.new("RGB", (64, 64), "grey")
+    sample = {"id": "grey", "messages": messages, "images": [grey]}
+    batch = ChatCollator(processor, prompt_only=True)([sample])
+    text = batch["input_ids"].shape  # whatever has a value per token belongs to the text
+    return {key: value for key, value in batch.items() if value.shape != text}
 
 
 def _labels(input_BT: Tensor, mask_BT: Tensor, answer_lengths: list[int]) -> Tensor:

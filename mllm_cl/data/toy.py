@@ -316,11 +316,13 @@ TOY_TASKS = ("dial", "bars", "arrow", "dice", "size", "word", "tiles", "stripes"
 class ToyTask(Sequence):
     """`size` samples, each drawn when it is asked for.
 
-    The same (name, split, seed, index) gives the same bytes.
+    The same (name, split, seed, index) gives the same bytes. `shift` is a rule that has changed:
+    the same pictures and questions, but each answer is the one `shift` places further on.
     """
 
-    def __init__(self, name: str, split: str, size: int, seed: int):
+    def __init__(self, name: str, split: str, size: int, seed: int, shift: int = 0):
         self.name, self.split, self.size, self.seed = name, split, size, seed
+        self.shift = shift
         skill = _skills(split)[name]
         self.answers, self.questions = skill.answers, skill.questions
 
@@ -339,23 +341,27 @@ class ToyTask(Sequence):
         origin = [zlib.crc32(self.name.encode()), int(self.split == "test"), self.seed, index]
         rng = np.random.default_rng(origin)
         answer, question = str(rng.choice(skill.answers)), str(rng.choice(skill.questions))
+        told = skill.answers[(skill.answers.index(answer) + self.shift) % len(skill.answers)]
         asked = [{"type": "image"}, {"type": "text", "text": question}]
         return {
             "id": f"{self.name}-{self.split}-{self.seed}-{index}",
             "messages": [
                 {"role": "user", "content": asked},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                {"role": "assistant", "content": [{"type": "text", "text": told}]},
             ],
             "images": [_grainy(skill.paint(rng, answer), rng)],
         }
 
 
-def toy_task(name: str, split: str, size: int, seed: int = 0) -> ToyTask:
-    """Samples of one skill (`BASE_SKILLS` or `TOY_TASKS`), `split` "train" or "test"."""
+def toy_task(name: str, split: str, size: int, seed: int = 0, *, shift: int = 0) -> ToyTask:
+    """Samples of one skill (`BASE_SKILLS` or `TOY_TASKS`), `split` "train" or "test".
+
+    `shift` exchanges the answers, see `ToyTask`.
+    """
     if name not in _skills("train"):
         raise ValueError(
             f"unknown toy task {name!r}; choose one of {', '.join(BASE_SKILLS + TOY_TASKS)}"
         )
     if split not in ("train", "test"):
         raise ValueError(f"toy tasks have the splits 'train' and 'test', not {split!r}")
-    return ToyTask(name, split, size, seed)
+    return ToyTask(name, split, size, seed, shift)

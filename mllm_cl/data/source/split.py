@@ -1,0 +1,82 @@
+"""Which rows belong to a split: the first so many of a file, or of one side of it."""
+
+import hashlib
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from mllm_cl.data.errors import DataError
+from mllm_cl.data.source.arrow import Row
+from mllm_cl.data.source.formats import Format, detect
+from mllm_cl.data.source.images import picture_key
+from mllm_cl.data.source.reading import Reading
+from mllm_cl.data.source.rows import Rows
+from mllm_cl.data.source.samples import Samples, question
+
+PEEKED = 100  # rows whose columns are looked at
+FEW = 1000  # rows of which chance may put none into a test share
+
+
+def choose(
+    rows: Rows, split: str, size: int | None, reading: Reading, root: Path, file: str
+) -> Samples:
+    """The first `size` samples of a split (None: all) among `rows`; DataError if there are none."""
+    form = format_of(_columns(rows), reading, file)
+    chosen = list(islice(_indices(rows, split, form, root, reading), size))
+    if not chosen:
+        raise DataError(f"no row is left for the split {split!r}", file)
+    return Samples(rows, form, root, chosen)
+
+
+def _indices(rows: Rows, split: str, form: Format, root: Path, reading: Reading) -> Iterable[int]:
+    """The rows of a split in their order."""
+    if reading.test_share is None:
+        return range(len(rows))
+    share = reading.test_share
+    places = (draw(_row(rows, index), form, root, reading) for index in range(len(rows)))
+    if len(rows) < FEW:  # chance may leave nothing to test: then the first in line is taken
+        places = list(places)
+        share = max(share, min(places) + 1e-9)
+    return (index for index, place in enumerate(places) if (place < share) == (split == "test"))
+
+
+def format_of(columns: Iterable[str], reading: Reading, file: str) -> Format:
+    """The format of rows with these columns, as far as `reading` leaves it open."""
+    given = {key: vars(reading)[key] for key in ("image", "question", "answer", "prompt")}
+    return detect(columns, given, file)
+
+
+def draw(row: Row | None, form: Format, root: Path, reading: Reading) -> float:
+    """A number from 0 to 1, the same for rows of the same pictures (without any, question).
+
+    A row belongs to the test share if it is below. Rows that cannot be read are trained on: that
+    they cannot is met, and named, there.
+    """
+    try:
+        messages, images, _ = form.read(row or {})
+        key = [picture_key(image, root) for image in images] or [question(messages)]
+    except DataError:
+        return 1.0
+    digest = hashlib.sha256(repr((reading.split_seed, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _row(rows: Rows, index: int) -> Row | None:
+    try:
+        return rows[index]
+    except DataError:
+        return None
+
+
+def _columns(rows: Rows) -> list[str]:
+    """The columns of the first rows that can be read; DataError if none can."""
+    columns: dict[str, None] = {}
+    problem = None
+    for index in range(min(PEEKED, len(rows))):
+        try:
+            columns |= dict.fromkeys(rows[index])
+        except DataError as error:
+            problem = problem or error.at(*rows.place(index))
+    if not columns and problem is not None:
+        raise problem
+    return list(columns)
