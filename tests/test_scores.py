@@ -6,12 +6,12 @@ import math
 import pytest
 
 from mllm_cl.metrics import scores as s
-from mllm_cl.metrics.answers import exact_match, metric, normalised_match
 
 NAN = math.nan
 # rows: after task 0, 1, 2
 A = [[0.8, 0.3, 0.1], [0.9, 0.7, 0.2], [0.5, 0.6, 0.9]]
 ZERO = [0.0, 0.1, 0.3]
+L = [[0.5, 2.0, 3.0], [1.0, 0.25, 2.0], [1.5, 0.75, 0.5]]  # losses
 
 
 def test_the_derived_numbers_of_a_matrix_worked_by_hand():
@@ -23,6 +23,14 @@ def test_the_derived_numbers_of_a_matrix_worked_by_hand():
     assert s.backward_transfer_over_all(A) == pytest.approx(-0.4 / 3)
     assert s.forgetting(A) == pytest.approx(((0.9 - 0.5) + (0.7 - 0.6)) / 2)
     assert s.forward_transfer(A, ZERO) == pytest.approx(((0.3 - 0.1) + (0.2 - 0.3)) / 2)
+
+
+def test_the_objective_is_the_weighted_sum_of_the_losses_on_what_was_learnt():
+    assert s.objective(L[2]) == pytest.approx((1.5 + 0.75 + 0.5) / 3)
+    assert s.objective(L[1][:2], [0.75, 0.25]) == pytest.approx(0.75 * 1.0 + 0.25 * 0.25)
+    assert math.isnan(s.objective([1.0, NAN]))
+    with pytest.raises(ValueError, match="2 weights for the losses of 3"):
+        s.objective(L[2], [0.5, 0.5])
 
 
 def test_backward_transfer_over_all_is_average_less_finetune():
@@ -70,6 +78,49 @@ def test_a_summary_holds_every_number_and_sets_retained_data_apart():
     assert found["retain_change"] == pytest.approx(-0.3)
 
 
+def with_matches(rows):
+    """The same rows with the matches and losses that a run writes."""
+    strict = [[0.0, 0.1, 0.2], [0.6, 0.1, 0.2], [0.6, 0.6, 0.2], [0.2, 0.2, 0.8]]
+    lenient = [[0.0, 0.1, 0.2], [0.8, 0.1, 0.2], [0.8, 0.8, 0.2], [0.8, 0.8, 0.8]]
+    found = []
+    for row, *lines in zip(rows, strict, lenient, [[9.0] * 3, *L], strict=False):
+        keys = ("exact_match", "normalised_match", "losses")
+        named = [dict(zip("abc", line, strict=True)) | {"base": 1.0} for line in lines]
+        found.append(row | dict(zip(keys, named, strict=True)))
+    return found
+
+
+def test_a_summary_tells_forgetting_of_form_from_forgetting_of_knowledge():
+    found = s.summary(with_matches(rows()), ["base"])
+    assert found["exact_match_average"] == pytest.approx(0.4)
+    assert found["exact_match_forgetting"] == pytest.approx(0.4)
+    assert found["normalised_match_average"] == pytest.approx(0.8)
+    assert found["normalised_match_forgetting"] == pytest.approx(0.0)
+    assert found["objective"] == pytest.approx(s.objective(L[2]))
+    assert found | s.summary(rows(), ["base"]) == found  # the other numbers are what they were
+
+
+def test_a_summary_of_joint_training_has_averages_only():
+    joint = [with_matches(rows())[0], with_matches(rows())[3]]
+    found = s.summary(joint, order=["a", "b", "c"])
+    assert list(found) == [
+        "average",
+        "exact_match_average",
+        "normalised_match_average",
+        "objective",
+    ]
+    assert found["objective"] == pytest.approx(s.objective(L[2]))
+
+
+def test_losses_that_were_not_measured_leave_the_objective_undefined():
+    holed = with_matches(rows())
+    holed[-1]["losses"]["b"] = None
+    assert s.summary(holed)["objective"] is None
+    del holed[-1]["losses"]["b"]
+    assert s.summary(holed)["objective"] is None
+    assert s.summary(with_matches(rows(2)))["objective"] == pytest.approx((1.0 + 0.25) / 2)
+
+
 def test_a_summary_of_an_unfinished_run_counts_the_tasks_learnt_so_far():
     assert s.summary(rows(2))["average"] == pytest.approx(0.8)
     assert s.summary(rows(2))["forgetting"] == pytest.approx(-0.1)
@@ -89,24 +140,37 @@ def test_a_row_that_comes_twice_is_refused():
         s.summary([*rows(), rows()[1]])
 
 
-def test_exact_match_counts_equal_answers_and_nothing_else():
-    assert exact_match(["red", "Red", "red."], ["red", "red", "red"]) == pytest.approx(1 / 3)
+# --- answers that change --------------------------------------------------------------------------
 
 
-def test_normalised_match_forgives_case_spaces_and_the_final_stop():
-    forgiven = {"Red": "red", " red ": "red", "red.": "red", "a  b!": "A b", "red ?": "red"}
-    wrong = {"re.d": "red", "redd": "red", "rede": "red", "red,": "red", ".red": "red"}
-    assert normalised_match(list(forgiven), list(forgiven.values())) == 1.0
-    assert normalised_match(list(wrong), list(wrong.values())) == 0.0
+def revised_rows() -> list[dict]:
+    """dial, then bars, then dial with other answers; then arrow."""
+    cells = {
+        "zero-shot": (0.1, 0.0, 0.1, 0.0),
+        "dial": (0.9, 0.1, 0.0, 0.0),
+        "bars": (0.8, 0.7, 0.0, 0.0),
+        "dial2": (0.2, 0.6, 0.75, 0.1),
+        "arrow": (0.1, 0.5, 0.7, 0.8),
+    }
+    names = ("dial", "bars", "dial2", "arrow")
+    return [
+        {"after": after, "scores": dict(zip(names, row, strict=True))}
+        for after, row in cells.items()
+    ]
 
 
-@pytest.mark.parametrize("pair", [([], []), (["a"], []), (["a"], ["a", "b"])])
-def test_scores_of_nothing_or_of_unequal_lists_are_refused(pair):
-    for name in ("exact_match", "normalised_match"):
-        with pytest.raises(ValueError, match="expected one each"):
-            metric(name)(*pair)
+def test_a_revision_tells_adoption_stale_answers_and_what_the_others_lost():
+    found = s.summary(
+        revised_rows(), order=("dial", "bars", "dial2", "arrow"), replaced={"dial": "dial2"}
+    )
+    assert found["adoption"] == 0.7 and found["stale_answers"] == 0.1
+    assert found["collateral_forgetting"] == pytest.approx(0.7 - 0.6)
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'exact_match'"):
-        metric("exact_mach")
+def test_a_replaced_task_counts_until_it_is_replaced():
+    order, replaced = ("dial", "bars", "dial2", "arrow"), {"dial": "dial2"}
+    found = s.summary(revised_rows(), order=order, replaced=replaced)
+    assert found["average"] == pytest.approx((0.5 + 0.7 + 0.8) / 3)
+    assert found["forgetting"] == pytest.approx((0.2 + 0.05) / 2)
+    before = s.summary(revised_rows()[:3], order=order, replaced=replaced)
+    assert before["average"] == pytest.approx((0.8 + 0.7) / 2) and "adoption" not in before

@@ -1,56 +1,46 @@
-"""How answers are scored: every metric maps (predictions, references) to [0, 1], higher is better.
+"""The metrics by name: each maps (predictions, references) to [0, 1], higher is better.
 
-The gap between `normalised_match` and `exact_match` is forgetting of the answer's form, not of
-its content (arXiv:2505.02486).
+Every task is also scored by `exact_match` and `normalised_match`: what only the second forgives is
+forgetting of the answer's form, not of its content (arXiv:2505.02486).
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
-Metric = Callable[[Sequence[str], Sequence[str]], float]
-
-
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The share of predictions that equal their reference, character by character.
-
-    Raises ValueError when the two differ in number, or when there are none.
-    """
-    return _share([a == b for a, b in _pairs(predictions, references)])
-
-
-def normalised_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The share that equal their reference but for case, spaces and a final full stop, ! or ?"""
-    return _share([normalised(a) == normalised(b) for a, b in _pairs(predictions, references)])
-
-
-def normalised(answer: str) -> str:
-    """The answer in lower case, with single spaces and without final punctuation."""
-    return " ".join(answer.casefold().split()).rstrip(".!?").rstrip()
-
+from mllm_cl.metrics.captions import bleu_4, cider_d, meteor_exact, rouge_l
+from mllm_cl.metrics.matching import anls, exact_match, iou_50, multiple_choice, normalised_match
+from mllm_cl.metrics.pairs import Metric
+from mllm_cl.metrics.vqa import vqa_accuracy
 
 METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "normalised_match": normalised_match,
+    each.__name__: each
+    for each in (
+        exact_match,
+        normalised_match,
+        multiple_choice,
+        vqa_accuracy,
+        anls,
+        iou_50,
+        bleu_4,
+        rouge_l,
+        meteor_exact,
+        cider_d,
+    )
 }
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name; ValueError names the nearest one."""
+    """The metric of that name.
+
+    Raises ValueError for an unknown name, with the nearest, and for one whose package is missing.
+    """
     if name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown metric {name!r}; {hint}known are {', '.join(METRICS)}")
-    return METRICS[name]
-
-
-def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    if len(predictions) != len(references) or not references:
+    if name == "bleu_4" and find_spec("sacrebleu") is None:
         raise ValueError(
-            f"found {len(predictions)} predictions for {len(references)} references, "
-            "expected one each and at least one"
+            "the metric 'bleu_4' needs sacrebleu, which is not installed; "
+            "run pip install 'mllm_cl[captions]'"
         )
-    return list(zip(predictions, references, strict=True))
-
-
-def _share(hits: list[bool]) -> float:
-    return sum(hits) / len(hits)
+    return METRICS[name]

@@ -1,6 +1,7 @@
-"""The matrix of a continual run, and the numbers that are derived from it.
+"""The matrices of a continual run, and the numbers that are derived from them.
 
-`A[t][i]` is the score on task i after task t, both counted from 0 and in the order of learning;
+`A[t][i]` is the score on task i after task t, both counted from 0 and in the order of learning, and
+`L[t][i]` the loss there: the mean negative log-likelihood per answer token of its evaluation data.
 T tasks have been learnt. What was not evaluated is NaN, and so is every result that needs it:
 nothing is averaged over a hole.
 """
@@ -11,6 +12,8 @@ from typing import Any
 
 Matrix = Sequence[Sequence[float]]
 ZERO_SHOT = "zero-shot"  # the row before any training
+MATCHES = ("exact_match", "normalised_match")  # of a row, beside "scores": see metrics/answers.py
+LOSSES = "losses"
 
 
 def last(scores: Matrix) -> list[float]:
@@ -74,61 +77,146 @@ def forward_transfer(scores: Matrix, zero_shot: Sequence[float]) -> float:
     return _mean([scores[i - 1][i] - zero_shot[i] for i in range(1, len(scores))])
 
 
-def matrix(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[list[float]]:
-    """Rows `{"after": name, "scores": {column: score}}` as nested lists; None or absent is NaN."""
-    cells = [[row["scores"].get(column) for column in columns] for row in rows]
+def objective(losses: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """What continual learning minimises after task t: sum_{i<=t} lambda_i L[t][i], lower is better.
+
+    `losses` are those of the tasks learnt so far, L[t][0] to L[t][t], `weights` the lambda_i, by
+    default 1 / (t+1) each, which makes this the mean loss. Raises ValueError where their numbers
+    differ.
+    """
+    weights = [1 / len(losses)] * len(losses) if weights is None else weights
+    if len(weights) != len(losses):
+        raise ValueError(f"found {len(weights)} weights for the losses of {len(losses)} tasks")
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+
+def revision(rows: Sequence[Mapping[str, Any]], replaced: Mapping[str, str]) -> dict[str, float]:
+    """What became of answers that changed, as means over the revisions of `replaced`: old -> new.
+
+    adoption:              the last score on the new task, 1 for answers that are all the new ones.
+    stale_answers:         the last score on the old task, whose questions are the same and whose
+                           expected answers are the old ones: the share still given.
+    collateral_forgetting: what all other learnt tasks lost while the new answers were learnt,
+                           mean_i (A[n-1][i] - A[n][i]) with n the row of the new task.
+    """
+    after = [row["after"] for row in rows]
+    done = {old: new for old, new in replaced.items() if {old, new} <= set(after)}
+    if not done:
+        return {}
+    last, lost = rows[-1]["scores"], []
+    for old, new in done.items():
+        n = after.index(new)
+        others = [name for name in after[:n] if name not in (ZERO_SHOT, old)]
+        ends = matrix(rows[n - 1 : n + 1], others)
+        lost += [then - now for then, now in zip(*ends, strict=True)]
+    return {
+        "adoption": _mean([last[new] for new in done.values()]),
+        "stale_answers": _mean([last[old] for old in done]),
+        "collateral_forgetting": _mean(lost),
+    }
+
+
+def matrix(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], key: str = "scores"
+) -> list[list[float]]:
+    """Rows `{"after": name, key: {column: number}}` as nested lists; None or absent is NaN."""
+    cells = [[row.get(key, {}).get(column) for column in columns] for row in rows]
     return [[math.nan if cell is None else float(cell) for cell in line] for line in cells]
 
 
 def summary(
-    rows: Sequence[Mapping[str, Any]], retain: Sequence[str] = (), order: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]],
+    retain: Sequence[str] = (),
+    order: Sequence[str] = (),
+    replaced: Mapping[str, str] | None = None,
 ) -> dict[str, float | None]:
     """The derived numbers of a run, finished or not, over the tasks learnt so far.
+
+    A task that another has replaced (`replaced`: old -> new) counts until then; afterwards a high
+    score on it is no merit, and only `revision` tells it.
 
     `order` names all tasks; where some that were learnt have no row of their own (joint training
     learns all at once) only the average is defined, over all of them.
 
     `rows` are in the order of learning; a first row "zero-shot" is the model before any training.
     `retain` names columns that are never learnt: their mean, and its change since the first row,
-    are told apart. None where undefined. Raises ValueError when two rows have the same name.
+    are told apart. Rows that hold `MATCHES` and `LOSSES` also give average and forgetting by those
+    metrics in place of each task's own, and the objective. None where undefined. Raises ValueError
+    when two rows have the same name.
     """
     after = [row["after"] for row in rows]
     if len(set(after)) < len(after) or ZERO_SHOT in after[1:]:
         raise ValueError(
             f"found the rows {after}, expected each task once and {ZERO_SHOT!r} first or not at all"
         )
-    tasks = [name for name in after if name != ZERO_SHOT]
-    results: dict[str, float] = {}
+    told = revision(rows, replaced or {})
+    if told:
+        gone = [old for old, new in (replaced or {}).items() if new in after]
+        rows = [row for row in rows if row["after"] not in gone]
+        order = [name for name in order if name not in gone]
+    tasks = [row["after"] for row in rows if row["after"] != ZERO_SHOT]
     learnt = list(order[: order.index(tasks[-1]) + 1]) if order and tasks else tasks
-    if tasks != learnt:
-        results = {"average": _mean(matrix(rows[-1:], learnt)[0])}
-    elif tasks:
-        scores = matrix([row for row in rows if row["after"] != ZERO_SHOT], tasks)
-        zero_shot = matrix(rows[:1], tasks)[0] if after[0] == ZERO_SHOT else [math.nan] * len(tasks)
-        results = {
-            "average": average(scores),
-            "finetune": finetune(scores),
-            "mean_average": mean_average(scores),
-            "backward_transfer": backward_transfer(scores),
-            "backward_transfer_over_all": backward_transfer_over_all(scores),
-            "forgetting": forgetting(scores),
-            "forward_transfer": forward_transfer(scores, zero_shot),
-        }
+    results: dict[str, float] = {}
+    if tasks:
+        results = (
+            _by_metric(rows, learnt) if tasks == learnt else _by_metric_at_the_end(rows, learnt)
+        )
+    if tasks and LOSSES in rows[-1]:
+        results["objective"] = objective(matrix(rows[-1:], learnt, LOSSES)[0])
     if rows and retain:
         kept = [_mean(line) for line in matrix(rows, retain)]
         results |= {"retain_average": kept[-1], "retain_change": kept[-1] - kept[0]}
-    return {name: None if math.isnan(value) else value for name, value in results.items()}
+    return {name: None if math.isnan(value) else value for name, value in (results | told).items()}
+
+
+def _by_metric(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
+    """What follows from the matrix of scores, and average and forgetting of the other metrics."""
+    before = [
+        line
+        for row, line in zip(rows, matrix(rows, tasks), strict=True)
+        if row["after"] == ZERO_SHOT
+    ]
+    trained = [row for row in rows if row["after"] != ZERO_SHOT]
+    scores = matrix(trained, tasks)
+    results = {
+        "average": average(scores),
+        "finetune": finetune(scores),
+        "mean_average": mean_average(scores),
+        "backward_transfer": backward_transfer(scores),
+        "backward_transfer_over_all": backward_transfer_over_all(scores),
+        "forgetting": forgetting(scores),
+        "forward_transfer": forward_transfer(
+            scores, before[0] if before else [math.nan] * len(tasks)
+        ),
+    }
+    for key in (key for key in MATCHES if key in rows[-1]):
+        matches = matrix(trained, tasks, key)
+        results |= {f"{key}_average": average(matches), f"{key}_forgetting": forgetting(matches)}
+    return results
+
+
+def _by_metric_at_the_end(
+    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]
+) -> dict[str, float]:
+    """The averages alone, of tasks that were not learnt one after another."""
+    results = {"average": _mean(matrix(rows[-1:], tasks)[0])}
+    for key in (key for key in MATCHES if key in rows[-1]):
+        results[f"{key}_average"] = _mean(matrix(rows[-1:], tasks, key)[0])
+    return results
 
 
 def table(
-    tasks: Sequence[str], retain: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    tasks: Sequence[str],
+    retain: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    replaced: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What `scores.json` holds: the names of the columns, the rows, and the summary."""
     return {
         "tasks": list(tasks),
         "retain": list(retain),
         "rows": list(rows),
-        "summary": summary(rows, retain, tasks),
+        "summary": summary(rows, retain, tasks, replaced),
     }
 
 
