@@ -23,6 +23,7 @@ __all__ = [
     "functional_expert_drift",
     "logit_change",
     "off_task_share",
+    "rerouting_accuracy",
     "routing_entropy",
     "routing_kl",
     "routing_overlap",
@@ -44,6 +45,19 @@ def routing_overlap(
         raise ValueError(f"k lies between 1 and the {before_TE.shape[-1]} experts, found {k}.")
     chosen_TE = _chosen(before_TE, k) & _chosen(after_TE, k)
     return _token_mean(chosen_TE.sum(-1).to(_wide(before_TE)) / k, mask_T)
+
+
+def rerouting_accuracy(
+    before_TE: Tensor, after_TE: Tensor, k: int, *, mask_T: Tensor | None = None
+) -> Tensor:
+    """mean_t [S_before(t) = S_after(t)]: the share of tokens that go to exactly the same k experts.
+
+    It scores the new router on old tokens with the old expert sets as labels. SAME
+    (arXiv:2602.01990) re-routes by training the router of the finished model once more on an old
+    task and scoring that task; this needs no training.
+    """
+    same_T = (_chosen(before_TE, k) == _chosen(after_TE, k)).all(-1)
+    return _token_mean(same_T.to(_wide(before_TE)), mask_T)
 
 
 def distribution_overlap(

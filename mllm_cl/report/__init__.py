@@ -1,36 +1,29 @@
-"""What is shown of a run: its score matrix, on the terminal and as a figure."""
+"""What is shown of runs: their matrices on the terminal, one HTML page, and pictures."""
 
-import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mllm_cl.report.figure import draw
-from mllm_cl.report.terminal import show
+from mllm_cl.report.page import page
+from mllm_cl.report.pictures import pictures
+from mllm_cl.report.runs import Group, find, group, load, load_scores
+from mllm_cl.report.terminal import compare, show
 
-__all__ = ["draw", "load_scores", "show"]
+__all__ = ["compare", "draw", "load_scores", "read", "show", "write"]
 
 
-def load_scores(folder: str | Path) -> dict[str, Any]:
-    """The content of a run's `scores.json`: its own, or that of its last finished task.
+def read(folders: Sequence[str | Path]) -> list[Group]:
+    """The runs in `folders` (runs, or folders of runs such as a sweep's), replicates together.
 
-    Raises ValueError when there is none or it cannot be read.
+    Raises ValueError, naming the folder or file, where there is no run or one is damaged.
     """
+    return group([load(folder) for folder in find(folders)])
+
+
+def write(groups: Sequence[Group], folder: str | Path) -> Path:
+    """Write the page `report.html` and the pictures into `folder`; returns the page's path."""
     folder = Path(folder)
-    tasks = [
-        path for path in folder.glob("task_*/scores.json") if re.search(r"\d+$", path.parent.name)
-    ]
-    tasks.sort(key=lambda path: int(re.search(r"\d+$", path.parent.name)[0]))
-    own = folder / "scores.json"
-    found = own if own.is_file() else tasks[-1] if tasks else None
-    if found is None:
-        raise ValueError(f"{folder} holds no scores.json; expected the output folder of a run")
-    try:
-        scores = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{found} is not JSON: {error}") from None
-    if not isinstance(scores, dict) or not {"tasks", "retain", "rows", "summary"} <= scores.keys():
-        raise ValueError(
-            f"{found} is no score matrix: expected the keys tasks, retain, rows and summary"
-        )
-    return scores
+    pictures(groups, folder)
+    path = folder / "report.html"
+    path.write_text(page(groups), encoding="utf-8")
+    return path

@@ -1,7 +1,7 @@
 """The score matrix on a terminal: coloured for people, plain for log files."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich import box
@@ -10,22 +10,49 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm_cl.metrics.scores import matrix
+from mllm_cl.report.interval import Interval, interval
+from mllm_cl.report.runs import Group
+from mllm_cl.report.words import NUMBERS
 
 # seven steps of the colour map viridis, dark (0) to bright (1), and a readable text colour on each
 HEAT = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
 INK = ("white", "white", "white", "white", "black", "black", "black")
-SHOWN = ("average", "forgetting", "backward_transfer", "retain_average")
+SHOWN = ("average", "forgetting", "backward_transfer", "retain_average", "objective")
 
 
 def show(scores: Mapping[str, Any], file: TextIO | None = None) -> None:
     """Print the matrix (content of `scores.json`) and its summary; colours only on a terminal."""
-    console = Console(file=file)
-    if not console.is_terminal:
-        console = Console(
-            file=file, width=10_000, color_system=None
-        )  # a log file has no edge to wrap at
+    console = _console(file)
     console.print(_table(scores, plain=not console.is_terminal))
     console.print(line(scores["summary"]), highlight=False)
+
+
+def compare(groups: Sequence[Group], file: TextIO | None = None) -> None:
+    """Print a row per group: mean +- 95 % interval over its seeds, the best final mean first."""
+    console = _console(file)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
+    table.add_column("method", no_wrap=True)
+    for name in ("seeds", *NUMBERS.values()):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [(group, {key: interval(group.summary(key)) for key in NUMBERS}) for group in groups]
+    rows.sort(key=lambda row: row[1]["average"].mean if row[1]["average"] else -1.0, reverse=True)
+    for group, found in rows:
+        table.add_row(group.label, str(len(group.runs)), *map(_told, found.values()))
+    console.print(table)
+
+
+def _told(found: Interval | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:.3f}" if math.isnan(found.half) else f"{found.mean:.3f} ± {found.half:.3f}"
+
+
+def _console(file: TextIO | None) -> Console:
+    console = Console(file=file)
+    if console.is_terminal:
+        return console
+    # a log file has no edge to wrap at
+    return Console(file=file, width=10_000, color_system=None)
 
 
 def line(summary: Mapping[str, float | None]) -> str:
