@@ -3,7 +3,8 @@
     mllm-cl run recipes/quickstart.yaml --method.damping 0.3
     accelerate launch --config_file launch/zero3.yaml -m mllm_cl run recipes/quickstart.yaml
 
-Exit codes: 0 done, 1 failed, 2 bad recipe or input, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad recipe or input, 3 stopped by SIGTERM (run it again to go on),
+130 interrupted.
 """
 
 import argparse
@@ -13,22 +14,29 @@ from collections.abc import Sequence
 
 from mllm_cl import __version__
 
+RUN_USAGE = """mllm-cl run RECIPE [--KEY VALUE ...] [--sweep KEY=A,B KEY=C,D [--cell N]]
+       mllm-cl run RECIPE [--KEY VALUE ...] --dry-run [--launch FILE]"""
+RUN_NOTES = """--sweep runs every combination in a folder of its own, --cell only the N-th (from
+0), for job arrays; --dry-run says what would train and what it would take, under a launch file of
+accelerate, and loads no weights."""
 RUN_HELP = """any key of the recipe: --seed 1, --method.damping=0.3, --tasks.0.train_size 100;
-values are YAML, and the recipe comes first"""
+values are YAML, and the recipe comes first; with another --method.name, what that method does not
+take of the file's settings is left out, and named"""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what is unforeseen is left to Python (1)."""
     arguments = _parser().parse_args(words)
+    from mllm_cl.data.errors import DataError
     from mllm_cl.recipe import RecipeError
 
     try:
         return arguments.call(arguments)
-    except RecipeError as error:
-        _complain(str(error))
+    except (RecipeError, DataError) as error:
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _tell("interrupted")
         return 130
 
 
@@ -40,33 +48,150 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(
-        "run", help="train and score the tasks of a recipe", allow_abbrev=False
+        "run",
+        help="train and score the tasks of a recipe",
+        usage=RUN_USAGE,
+        epilog=RUN_NOTES,
+        allow_abbrev=False,
     )
     run.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help=RUN_HELP)
     run.set_defaults(call=_run)
 
+    known = commands.add_parser(
+        "measure", help="what a model already knows, as a memory that a recipe starts from"
+    )
+    known.add_argument("model", metavar="MODEL", help="a folder or a name on the hub")
+    known.add_argument("adapter", metavar="ADAPTER", nargs="?", help="a PEFT adapter's folder")
+    known.add_argument(
+        "--data", action="append", required=True, help="what it answers; again for more"
+    )
+    known.add_argument(
+        "--to", required=True, metavar="FILE", help="the memory, a .safetensors file"
+    )
+    known.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the recipe that will start from it: method.rank=128; again for more",
+    )
+    known.set_defaults(call=_measure)
+
+    data = commands.add_parser(
+        "data", help="look at the data of a recipe before a run", allow_abbrev=False
+    )
+    data.add_argument("what", choices=("check",))
+    data.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    data.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help=RUN_HELP)
+    data.set_defaults(call=_data)
+
     names = commands.add_parser("list", help="name what there is")
     names.add_argument("what", choices=("methods", "tasks"))
     names.set_defaults(call=_list)
 
-    report = commands.add_parser("report", help="show the score matrix of a run")
-    report.add_argument("run", metavar="RUN", help="the output folder of a run")
+    report = commands.add_parser("report", help="show runs: a table here, a page and pictures")
     report.add_argument(
-        "--png", metavar="FILE", help="where the figure goes; default: RUN/scores.png"
+        "runs", metavar="RUN", nargs="+", help="output folders of runs, or of sweeps"
+    )
+    report.add_argument(
+        "--output", metavar="FOLDER", help="where they go; default: RUN/report, of several ./report"
     )
     report.set_defaults(call=_report)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from mllm_cl.recipe import Recipe, RecipeError
+    from mllm_cl.sweep import cells, chosen, split_sweep
+
+    words, axes = split_sweep(arguments.overrides)
+    dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    words, launch = _taken(words, "--launch")
+    words, cell = _taken(words, "--cell")
+    for name, value, needed in (("launch", launch, dry), ("cell", cell, bool(axes))):
+        if value is not None and not needed:
+            raise RecipeError(name, f"goes with --{'dry-run' if name == 'launch' else 'sweep'}")
+    if axes:
+        return _train([one.recipe for one in chosen(cells(arguments.recipe, words, axes), cell)])
+    recipe = Recipe.load(arguments.recipe, words)
+    if dry:
+        for note in recipe.notes:
+            _tell(note)
+        from mllm_cl.forecast import Launch, forecast, tell
+
+        tell(forecast(recipe, Launch.read(launch) if launch else Launch()))
+        return 0
+    return _train([recipe])
+
+
+def _taken(words: list[str], name: str) -> tuple[list[str], str | None]:
+    """Words without the option `name`, and its value."""
+    for index, word in enumerate(words):
+        head, equals, value = word.partition("=")
+        if head == name and equals:
+            return words[:index] + words[index + 1 :], value
+        if head == name and index + 1 < len(words):
+            return words[:index] + words[index + 2 :], words[index + 1]
+    return words, None
+
+
+def _train(recipes: list) -> int:
+    """Run recipes in turn; what is done is not done again, and SIGTERM leaves the rest."""
+    from mllm_cl.runner import run
+    from mllm_cl.stopping import Stopped, Stopping
+
+    try:
+        with Stopping() as stopping:
+            for number, recipe in enumerate(recipes):
+                for note in recipe.notes:
+                    _tell(note)
+                if len(recipes) > 1:
+                    _tell(f"{number + 1}/{len(recipes)} {recipe.output_dir}")
+                run(recipe, stopping)
+    except Stopped:
+        _tell("stopped as asked; the same command goes on where this one was")
+        return 3
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    import tempfile
+    from pathlib import Path
+
+    import yaml
+
+    from mllm_cl.recipe import Recipe
+
+    model = {"model_name_or_path": arguments.model}
+    if arguments.adapter is not None:
+        model["adapter_name_or_path"] = arguments.adapter
+    known = [{"name": f"known{n}", "data": data} for n, data in enumerate(arguments.data)]
+    tree = {
+        "model": model,
+        "method": {"name": "same"},
+        "retain": known,
+        "tasks": [{"name": "none", "data": arguments.data[0]}],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measure.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        recipe = Recipe.load(path, [f"--{setting}" for setting in arguments.set])
+    from mllm_cl.runner import measure
+
+    measure(recipe, Path(arguments.to))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
     from mllm_cl.recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
-    from mllm_cl.runner import run
+    from mllm_cl.data.check import check
+    from mllm_cl.model.load import load_processor
 
-    run(recipe)
-    return 0
+    return check(recipe, load_processor(recipe.model))
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -87,21 +212,24 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from mllm_cl.report import draw, load_scores, show
+    from mllm_cl.report import compare, read, show, write
 
     try:
-        scores = load_scores(arguments.run)
+        groups = read(arguments.runs)
     except ValueError as error:
-        _complain(str(error))
+        _tell(str(error))
         return 2
-    show(scores)
-    path = arguments.png or os.path.join(arguments.run, "scores.png")
-    draw(scores, path)
-    print(f"figure: {path}")
+    if sum(len(group.runs) for group in groups) == 1:
+        show(groups[0].runs[0].scores)
+    else:
+        compare(groups)
+    home = arguments.runs[0] if len(arguments.runs) == 1 else "."
+    path = write(groups, arguments.output or os.path.join(home, "report"))
+    print(f"report: {path}")
     return 0
 
 
-def _complain(text: str) -> None:
-    # all processes of a node meet the same error; one of them tells it
+def _tell(text: str) -> None:
+    # all processes of a node have the same to say; one of them does
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"mllm-cl: {text}", file=sys.stderr)

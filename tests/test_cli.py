@@ -56,6 +56,22 @@ def test_a_bad_override_or_a_missing_file_is_code_2(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_what_another_method_leaves_out_is_told_by_one_process(
+    tmp_path, monkeypatch, capsys, rank, told
+):
+    path = tmp_path / "short.yaml"
+    path.write_text(  # the data is not there: the run ends before a model is loaded
+        "model: {model_name_or_path: toy:llava}\nmethod: {name: same, damping: 0.1, router: free}\n"
+        "tasks: [{name: one, data: 'toy:no_such_task'}]\n"
+    )
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert cli.main(["run", str(path), "--method.name", "finetune"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    note = "mllm-cl: method finetune does not take damping, router: left out"
+    assert (lines[:1] == [note]) == told and bool(lines) == told
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     program = (
         "import sys; from mllm_cl.cli import main\n"
@@ -103,16 +119,12 @@ def test_every_method_is_listed_with_its_setting(capsys):
 
 
 def test_a_report_prints_the_matrix_and_draws_it(tmp_path, capsys):
-    (tmp_path / "task_0").mkdir()
-    (tmp_path / "task_0" / "scores.json").write_text(json.dumps(SCORES | {"rows": ROWS[:2]}))
-    for index in (2, 10):
-        (tmp_path / f"task_{index}").mkdir()
-        (tmp_path / f"task_{index}" / "scores.json").write_text(json.dumps(SCORES))
+    (tmp_path / "scores.json").write_text(json.dumps(SCORES))
     assert load_scores(tmp_path) == SCORES
     assert cli.main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "average 0.600" in out and "forgetting 0.500" in out and "retain average 0.700" in out
-    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])

@@ -1,0 +1,184 @@
+"""What a recipe would train and what it would take, said before a weight is loaded: the model is
+built on the meta device, where tensors have shapes and no memory.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from mllm_cl.data.chat import ChatCollator
+from mllm_cl.memory import Memory
+from mllm_cl.model import anatomy
+from mllm_cl.model.load import empty_model, load_processor
+from mllm_cl.model.surgery import guards
+from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.runner import tasks_of
+from mllm_cl.task import TaskSequence
+
+PROBED = 16  # samples of each task whose lengths are looked at
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch file of accelerate says about how a model is spread over processes."""
+
+    engine: str = "single"
+    num_processes: int = 1
+    mixed_precision: str = "no"
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Launch":
+        """The launch that a file asks for. RecipeError where it asks for none that we know."""
+        path = Path(path)
+        try:
+            words = yaml.safe_load(path.read_text())
+            kind, processes = words["distributed_type"], int(words.get("num_processes") or 1)
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise RecipeError(
+                "launch", f"{path} is no launch file of accelerate ({error!r})"
+            ) from None
+        engine = _engine(str(kind), words, processes, path)
+        return cls(engine, processes, str(words.get("mixed_precision") or "no"))
+
+    def shards(self, what: str) -> int:
+        """Over how many processes `weights`, `gradients` or `moments` are cut."""
+        cut = {
+            "weights": ("zero3", "fsdp2"),
+            "gradients": ("zero2", "zero3", "fsdp2"),
+            "moments": ("zero1", "zero2", "zero3", "fsdp2"),
+        }
+        return self.num_processes if self.engine in cut[what] else 1
+
+
+def _engine(kind: str, words: Mapping[str, Any], processes: int, path: Path) -> str:
+    if kind == "DEEPSPEED":
+        settings = words.get("deepspeed_config") or {}
+        if file := settings.get("deepspeed_config_file"):
+            text = json.loads((path.parent / file).read_text())
+            return f"zero{text['zero_optimization']['stage']}"
+        return f"zero{settings['zero_stage']}"
+    if kind == "FSDP":
+        return "fsdp2"
+    return "ddp" if processes > 1 else "single"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Shapes of what trains, and bytes: per process on the device, and kept between tasks."""
+
+    parameters: int
+    trained: Mapping[str, tuple[int, ...]]
+    launch: Launch
+    device_bytes: Mapping[str, int]
+    kept_bytes: int
+    longest: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def forecast(recipe: Recipe, launch: Launch) -> Forecast:
+    """What the first task of `recipe` would take under `launch`.
+
+    Weights, gradients, Adam's moments and guards are counted from shapes. Activations are an
+    estimate for the longest of a few samples: 34 bytes per token, width and layer in 16 bits
+    (arXiv:2205.05198 eq. 1 with fused attention), 2 of them kept per layer with gradient
+    checkpointing, and the logits in fp32 with their gradient.
+    """
+    model, sequence = empty_model(recipe.model), tasks_of(recipe)
+    total = sum(weight.numel() for weight in model.parameters())
+    try:
+        recipe.method.before_task(model, sequence[0], Memory())
+    except ValueError as error:
+        raise RecipeError("method", str(error)) from error
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    longest = _longest(recipe, sequence)
+    return Forecast(
+        parameters=total,
+        trained={
+            name.removesuffix("_guard.delta"): tuple(weight.shape)
+            for name, weight in trained.items()
+        },
+        launch=launch,
+        device_bytes=_device_bytes(recipe, launch, model, longest),
+        kept_bytes=recipe.method.forecast_bytes(model),
+        longest=longest,
+    )
+
+
+def _device_bytes(recipe: Recipe, launch: Launch, model: nn.Module, longest: int) -> dict[str, int]:
+    weights = list(model.parameters())
+    number = sum(weight.numel() for weight in weights if weight.requires_grad)
+    held = guards(model).values()
+    bases = sum(prod(one.displacement.shape[:-2]) * _basis(recipe, one) for one in held)
+    return {
+        "frozen weights": sum(w.nbytes for w in weights if not w.requires_grad)
+        // launch.shards("weights"),
+        "trained weights": 4 * number // launch.shards("weights"),
+        "gradients": 4 * number // launch.shards("gradients"),
+        "Adam's moments": 8 * number // launch.shards("moments"),
+        "guards": sum(4 * one.displacement.numel() for one in held) + bases,
+        "activations (estimate)": _activations(recipe, launch, model, longest),
+    }
+
+
+def _basis(recipe: Recipe, one) -> int:
+    """Bytes of one guard's basis from the second task on, at most."""
+    dim = one.displacement.shape[-1]
+    return 4 * dim * min(dim, vars(recipe.method).get("rank", dim))
+
+
+def _activations(recipe: Recipe, launch: Launch, model: nn.Module, longest: int) -> int:
+    text = model.config.get_text_config()
+    narrow = launch.mixed_precision in ("bf16", "fp16") or recipe.training.get("bf16")
+    narrow = narrow or recipe.model.dtype in ("bfloat16", "float16")
+    tokens = longest * recipe.training.get("per_device_train_batch_size", 8)
+    per_layer = tokens * text.hidden_size * (1 if narrow else 2)
+    if recipe.training.get("gradient_checkpointing"):
+        inside = per_layer * (2 * text.num_hidden_layers + 34)
+    else:
+        inside = per_layer * 34 * text.num_hidden_layers
+    return inside + tokens * text.vocab_size * (10 if narrow else 8)
+
+
+def _longest(recipe: Recipe, sequence: TaskSequence) -> int:
+    """Tokens of the longest of the first samples of each task, images included."""
+    collate = ChatCollator(load_processor(recipe.model))
+    firsts = [
+        [task.train[index] for index in range(min(PROBED, len(task.train)))] for task in sequence
+    ]
+    return max(collate(first)["input_ids"].shape[1] for first in firsts)
+
+
+def tell(found: Forecast) -> None:
+    """Print a forecast: what trains, and a table of bytes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(anatomy.shape_table(found.trained, "trained"))
+    number = sum(prod(shape) for shape in found.trained.values())
+    print(f"{number:,} of {found.parameters:,} parameters train ({number / found.parameters:.2%})")
+    launch = found.launch
+    table = Table(title=f"per process: {launch.engine}, {launch.num_processes} processes")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    for name, size in found.device_bytes.items():
+        table.add_row(name, human(size))
+    table.add_row("together", human(sum(found.device_bytes.values())), style="bold")
+    console.print(table)
+    print(f"longest sample looked at: {found.longest} tokens")
+    print(f"kept between tasks: at most {human(found.kept_bytes)}")
+
+
+def human(size: int) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
