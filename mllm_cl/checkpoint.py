@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from mllm_cl import engine
 from mllm_cl.drift.guard import DriftGuard
@@ -24,7 +24,9 @@ from mllm_cl.memory import Memory, load_tensors, save_tensors
 from mllm_cl.model.adapt import rest
 from mllm_cl.model.surgery import guards
 
-MARKER = "complete.json"
+MARKER, BATCH = "complete.json", "batch.json"
+# Samplers that look at lengths order them by what one process takes per step.
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
@@ -35,6 +37,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
     partial = folder / f".{target.name}.partial"
     trained = trainer.trained()
     weights = {name: engine.full(parameter) for name, parameter in trained.items()}
+    _refuse_numbers_that_are_none(weights, target)
     optimizer = engine.optimizer_state(trainer.optimizer, trained)
     if engine.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -45,13 +48,12 @@ def save(trainer: Trainer, folder: Path) -> Path:
         trainer.memory.save(partial / "memory.safetensors")
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
         write_json(partial / "scheduler.json", trainer.lr_scheduler.state_dict())
+        write_json(partial / BATCH, batch_of(trainer.args))
     engine.barrier()
     save_tensors(_random_state(), partial / f"random-{engine.rank()}.safetensors")
     engine.barrier()
     if engine.rank() == 0:
-        write_json(
-            partial / MARKER, {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        )
+        mark(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         _drop_old(folder, trainer.args.save_total_limit)
@@ -59,9 +61,26 @@ def save(trainer: Trainer, folder: Path) -> Path:
     return target
 
 
+def _refuse_numbers_that_are_none(weights: dict[str, Tensor], target: Path) -> None:
+    """Keep the last good checkpoint rather than write one from which nothing can be learnt."""
+    spoilt = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if spoilt:
+        raise FloatingPointError(
+            f"{len(spoilt)} of {len(weights)} trained weights hold NaN or infinity, {spoilt[0]} "
+            f"first, so {target} is not written. Lower the learning rate, or clip with "
+            "max_grad_norm; the same command goes on from the checkpoint before."
+        )
+
+
 def newest(folder: Path) -> Path | None:
     """The last checkpoint below `folder` whose every byte is as written, None without one."""
     return next((path for path in reversed(_all(folder)) if is_complete(path)), None)
+
+
+def mark(folder: Path) -> None:
+    """Write down the hash of every file in `folder`: what `is_complete` goes by."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MARKER]
+    write_json(folder / MARKER, {path.name: _sha256(path) for path in files})
 
 
 def is_complete(path: Path) -> bool:
@@ -73,13 +92,58 @@ def is_complete(path: Path) -> bool:
         return False
 
 
+def batch_of(arguments: TrainingArguments) -> dict[str, int]:
+    """How many samples an optimizer step sees, and how they are cut into what a process takes."""
+    per_device, accumulation = arguments.train_batch_size, arguments.gradient_accumulation_steps
+    world = arguments.world_size
+    return {
+        "effective_batch": per_device * accumulation * world,
+        "per_device_batch": per_device,
+        "accumulation": accumulation,
+        "world_size": world,
+    }
+
+
+def check_batch(arguments: TrainingArguments, path: Path) -> None:
+    """Refuse to go on in the middle of a task with steps of another size.
+
+    The same step may be cut otherwise: on 1 process x 8 a step sees the samples that it sees on
+    2 x 4, in the same order; only an epoch's last, incomplete step is filled up to whole processes.
+    Raises ValueError.
+    """
+    then, now = json.loads((path / BATCH).read_text()), batch_of(arguments)
+    told = [
+        "{effective_batch} (per_device_train_batch_size {per_device_batch} x "
+        "gradient_accumulation_steps {accumulation} x {world_size} processes)".format(**batch)
+        for batch in (then, now)
+    ]
+    if then["effective_batch"] != now["effective_batch"]:
+        raise ValueError(
+            f"checkpoint {path} was made with an effective batch of {told[0]}, this launch has "
+            f"{told[1]}. Change one of the three so that the product is {then['effective_batch']} "
+            f"again, or delete {path.parent}/checkpoint-* to begin the task anew."
+        )
+    strategy = str(arguments.train_sampling_strategy)
+    if strategy in BY_LENGTH and then["world_size"] != now["world_size"]:
+        raise ValueError(
+            f"checkpoint {path} was made by {then['world_size']} processes, and "
+            f"'train_sampling_strategy: {strategy}' orders the samples by what one process takes: "
+            f"{now['world_size']} would see others. Launch {then['world_size']} processes, or "
+            f"delete {path.parent}/checkpoint-* to begin the task anew."
+        )
+
+
 def load(trainer: Trainer, path: Path) -> None:
-    """Put the weights, the optimizer, the schedule, the guards and the memory back. Collective."""
+    """Put the weights, the optimizer, the schedule, the guards and the memory back. Collective.
+
+    Raises ValueError for a checkpoint that is torn, of other weights or of another batch.
+    """
     if not is_complete(path):
         raise ValueError(
             f"checkpoint {path} is incomplete or was changed; delete it to go on from an earlier "
             "one"
         )
+    check_batch(trainer.args, path)
     trained = trainer.trained()
     weights = load_tensors(path / "trained.safetensors")
     if weights.keys() != trained.keys():

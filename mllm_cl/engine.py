@@ -5,15 +5,18 @@ Engines: `single`, `ddp`, `zero1`, `zero2`, `zero3` (DeepSpeed) and `fsdp2` (DTe
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -24,17 +27,53 @@ def name(accelerator: Accelerator) -> str:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage == 0:
-            return "ddp" if accelerator.num_processes > 1 else "single"
-        return f"zero{stage}"
+        return _with_zero(stage, accelerator.num_processes)
     if kind == DistributedType.FSDP:
-        version = accelerator.state.fsdp_plugin.fsdp_version
-        if version != 2:
-            raise ValueError(
-                "FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file"
-            )
-        return "fsdp2"
-    return "ddp" if accelerator.num_processes > 1 else "single"
+        return _with_fsdp(accelerator.state.fsdp_plugin.fsdp_version)
+    return _with_zero(0, accelerator.num_processes)
+
+
+def asked(arguments: "TrainingArguments") -> str:
+    """The engine that these arguments and the launch ask for, known before there is a model.
+
+    What DeepSpeed is told is read from its plugin: a launch file may leave the stage to a
+    DeepSpeed file of its own.
+    """
+    if arguments.deepspeed_plugin is not None:
+        return _with_zero(arguments.deepspeed_plugin.zero_stage, arguments.world_size)
+    if arguments.fsdp_plugin_args is not None:
+        return _with_fsdp(arguments.fsdp_plugin_args["fsdp_version"])
+    if _wants("ACCELERATE_USE_FSDP"):
+        return _with_fsdp(int(os.environ.get("FSDP_VERSION", "1")))
+    return _with_zero(0, arguments.world_size)
+
+
+def _with_zero(stage: int, processes: int) -> str:
+    return f"zero{stage}" if stage else "ddp" if processes > 1 else "single"
+
+
+def _with_fsdp(version: int) -> str:
+    if version != 2:
+        raise ValueError("FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file")
+    return "fsdp2"
+
+
+def _wants(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, known before they form a group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_precision() -> dict[str, bool]:
+    """The launch file's `mixed_precision` as an argument of the Trainer, where that has to
+    repeat it: DeepSpeed refuses to train where the two differ.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    repeated = _wants("ACCELERATE_USE_DEEPSPEED") and precision in ("bf16", "fp16")
+    return {precision: True} if repeated else {}
 
 
 def check_launch(accelerator: Accelerator, model: nn.Module | None = None) -> None:
@@ -43,25 +82,22 @@ def check_launch(accelerator: Accelerator, model: nn.Module | None = None) -> No
     A launcher that starts n processes of which each believes to be alone, FSDP that turned into DDP
     (accelerate on a CPU does both), and ZeRO whose ranks read the same data are errors here.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
+    if launched_processes() != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {asked} processes, but accelerate sees "
+            f"the launcher started {launched_processes()} processes, but accelerate sees "
             f"{accelerator.num_processes}: each would train a model of its own. On a machine "
             "without accelerators set use_cpu=True in TrainingArguments (mllm-cl run does)."
         )
-    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+    kind = accelerator.distributed_type
+    if _wants("ACCELERATE_USE_FSDP") and kind != DistributedType.FSDP:
         raise ValueError(
             "FSDP was asked for, but accelerate would train with "
-            f"{accelerator.distributed_type.value} "
-            "(it does so on a machine without accelerators). Choose another launch file."
+            f"{kind.value} (it does so on a machine without accelerators). "
+            "Choose another launch file."
         )
-    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
-    if wants_deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if _wants("ACCELERATE_USE_DEEPSPEED") and kind != DistributedType.DEEPSPEED:
         raise ValueError(
-            "DeepSpeed was asked for, but accelerate would train with "
-            f"{accelerator.distributed_type.value}. "
+            f"DeepSpeed was asked for, but accelerate would train with {kind.value}. "
             "Unset ACCELERATE_USE_CPU, or put 'use_cpu: true' into the launch file instead."
         )
     sharded = model is None or any(_is_dtensor(parameter) for parameter in model.parameters())
@@ -86,6 +122,11 @@ def _is_zero(parameter: Tensor) -> bool:
     return "_hp_mapping" in vars(parameter) or (
         _is_zero3(parameter) and "_z3_optimizer" in vars(parameter)
     )
+
+
+def keeps_master(parameter: Tensor) -> bool:
+    """Whether the engine itself keeps an fp32 master of this trained parameter, as ZeRO does."""
+    return _is_zero3(parameter) or _is_zero(parameter)
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -277,7 +318,17 @@ def _link_state(parameter: Tensor, flat: Tensor, state: dict[str, Tensor]) -> No
     }
 
 
-def wrap_what_exists(accelerator: Accelerator, model: nn.Module) -> None:
+def make_ready(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give a bare model what its engine needs of it; on FSDP2 before `accelerator.prepare`."""
+    used = name(accelerator)
+    if used == "zero3":
+        # Its backward hooks hang on a forward whose first trained weight lies behind frozen ones.
+        model.enable_input_require_grads()
+    if used == "fsdp2":
+        _wrap_what_exists(accelerator, model)
+
+
+def _wrap_what_exists(accelerator: Accelerator, model: nn.Module) -> None:
     """Tell FSDP2 which of the blocks that the model's class names are in this model.
 
     A LLaVA names its vision tower's text blocks too, and accelerate stops at the first that is
@@ -289,14 +340,59 @@ def wrap_what_exists(accelerator: Accelerator, model: nn.Module) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
 
 
+def wrap_for_answers(trainer: "Trainer") -> nn.Module:
+    """The trainer's model where it can answer, without an optimizer, in the precision in which it
+    would train: scores before and after training are then of one arithmetic. Collective.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    used = name(accelerator)
+    if used == "zero3":
+        from transformers.integrations.deepspeed import deepspeed_init
+
+        deepspeed_init(trainer, num_training_steps=0, inference=True)
+        return accelerator.prepare(model)
+    if used == "fsdp2":
+        # accelerate shards no model without an optimizer; this one never steps.
+        return accelerator.prepare(model, torch.optim.SGD(model.parameters()))[0]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _cast_as_deepspeed_does(model, accelerator.state.deepspeed_plugin.deepspeed_config)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _cast_as_deepspeed_does(model: nn.Module, config: dict) -> None:
+    """Round the parameters as a DeepSpeed engine would: it casts where others use autocast."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled") is True:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+
+
+def let_generate(model: nn.Module) -> None:
+    """Make `generate` safe on a wrapped model, which calls parts of it outside of its forward.
+
+    There FSDP2 would leave the parameters sharded that belong to no block of their own.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule) and "generate" not in vars(model):
+        register_fsdp_forward_method(model, "generate")
+
+
+def outlives_its_task(used: str) -> bool:
+    """Whether an engine that was destroyed holds on to memory, so that the next task needs a
+    process of its own.
+    """
+    return used == "zero3"
+
+
 @contextmanager
 def unsharded_loading() -> Iterator[None]:
     """Inside, `from_pretrained` builds whole models even when ZeRO-3 is launched."""
-    if launched_zero_stage() != 3:
-        yield
-        return
     from transformers.integrations import deepspeed
 
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
     config = deepspeed.deepspeed_config()
     held = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
@@ -305,14 +401,6 @@ def unsharded_loading() -> Iterator[None]:
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = held
         assert deepspeed.deepspeed_config() is config
-
-
-def launched_zero_stage() -> int:
-    """The ZeRO stage that the launch asks for, before a model is built; 0 without DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("1", "true"):
-        return 0
-    found = re.search(r"\d", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
-    return int(found.group()) if found else 0
 
 
 def rank() -> int:
@@ -341,6 +429,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone() if on_cpu or tensor.is_cuda else tensor.detach().cuda()
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def any_rank(asked: bool) -> bool:
+    """Whether `asked` is true on any process. Collective."""
+    return asked if world_size() == 1 else bool(sum_over_ranks(torch.tensor(float(asked))) > 0)
 
 
 def gather(items: list[JSON]) -> list[JSON]:

@@ -46,6 +46,19 @@ class Method:
         """The name of the method: that of its file."""
         return Path(type(self).__module__.replace(".", "/")).name
 
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """The engines on which the promise holds with these settings."""
+        return self.engines
+
+    def kept_bytes(self, memory: Memory) -> int:
+        """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
+        return memory.num_bytes
+
+    def forecast_bytes(self, model: nn.Module) -> int:
+        """At most how much `kept_bytes` will be, from shapes alone, after `before_task`."""
+        return 0
+
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put adapters and guards into the model and freeze the rest."""
 
@@ -78,8 +91,9 @@ class Tuned(Method):
 
     `lora_target_modules` are suffixes, one regular expression, or "all-linear". With `use_peft`
     they get a LoRA, without it their weights train whole. `num_experts` above 0 puts a routed
-    mixture of as many LoRA experts there instead (CoIN's MoELoRA, arXiv:2403.08350): rank and alpha
-    are per expert. `train_router` trains the routers that a sparse model was born with.
+    mixture of as many LoRA experts there instead, whatever `use_peft` is (CoIN's MoELoRA,
+    arXiv:2403.08350): rank and alpha are per expert. `train_router` trains the routers that a
+    sparse model was born with.
     """
 
     lora_target_modules: tuple[str, ...] | str = "all-linear"
@@ -91,6 +105,21 @@ class Tuned(Method):
     top_k: int | None = None
     train_router: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would be asked for and not happen; a subclass with checks calls this too."""
+        if self.top_k is not None and not self.num_experts:
+            raise ValueError(
+                f"found top_k {self.top_k} with num_experts 0, which leaves no LoRA experts to "
+                "choose from. Set num_experts to two or more, or leave top_k out: how many of its "
+                "own experts a sparse model uses, its config says."
+            )
+        if self.lora_dropout and (self.num_experts or not self.use_peft):
+            found = f"num_experts {self.num_experts}" if self.num_experts else "use_peft false"
+            raise ValueError(
+                f"found lora_dropout {self.lora_dropout} with {found}, but only a plain LoRA has "
+                "dropout. Set 'lora_dropout: 0', or 'num_experts: 0' and 'use_peft: true'."
+            )
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The weights to train; adapters are put in place at the first call."""

@@ -1,7 +1,5 @@
 """What a stage leaves in its folder, and tells on the terminal; the last file says that all is
 there.
-
-T tokens, E experts.
 """
 
 import json
@@ -11,21 +9,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from mllm_cl import checkpoint, engine
+from mllm_cl import checkpoint, engine, tracking
 from mllm_cl.data import fingerprint
-from mllm_cl.drift import measure as drift
-from mllm_cl.evaluate import Answer
-from mllm_cl.memory import Memory, load_tensors, save_tensors
+from mllm_cl.drifts import Drift
+from mllm_cl.evaluate import Answer, row
+from mllm_cl.memory import Memory, save_tensors
 from mllm_cl.metrics.scores import ZERO_SHOT, table
 from mllm_cl.model import anatomy
 from mllm_cl.model.surgery import guards
-from mllm_cl.recipe import Recipe
-from mllm_cl.task import Task, TaskSequence
+from mllm_cl.progress import unfinished
+from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.task import TaskSequence
 
+CUT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
 PACKAGES = ("mllm_cl", "torch", "transformers", "accelerate", "peft", "deepspeed", "safetensors")
 
 
@@ -33,17 +36,16 @@ PACKAGES = ("mllm_cl", "torch", "transformers", "accelerate", "peft", "deepspeed
 class Outcome:
     """A stage when it is done: what the next one starts from, and what there is to say about it.
 
-    `probes` are routing probabilities (T, E) by `task::router`, `kept` the experts per token by
-    router, `held` what the guards allowed, `log` the Trainer's own history.
+    `held` is what the guards allowed, `log` the Trainer's own history.
     """
 
     state: Mapping[str, Tensor]
     memory: Memory
-    probes: Mapping[str, Tensor]
-    kept: Mapping[str, int]
+    drift: Drift
     held: Mapping[str, Mapping[str, float]]
     answers: Mapping[str, Sequence[Answer]]
     manifest: Mapping[str, object]
+    cost: Mapping[str, object]
     log: Sequence[Mapping[str, object]]
 
 
@@ -52,64 +54,79 @@ def stage_folder(folder: Path, stage: int) -> Path:
     return folder / f"task_{stage}"
 
 
+def is_done(recipe: Recipe, folder: Path, stage: int) -> bool:
+    """Whether a stage is complete. RecipeError where it was made by a recipe that differs in what
+    counts, or was changed since.
+    """
+    path = stage_folder(folder, stage)
+    if not (path / checkpoint.MARKER).exists():
+        return False
+    if not checkpoint.is_complete(path):
+        raise RecipeError(
+            "output_dir",
+            f"a file in {path} is not as it was written (damaged or edited). Put it back, or "
+            f"delete {path} and the stages after it: the same command makes them again.",
+        )
+    written = json.loads((path / "recipe.json").read_text())
+    wanted = json.loads(json.dumps(recipe.stage(stage - 1)))
+    if _effective_batch(recipe) == _manifest(path)["effective_batch"]:
+        # How a step is cut into what a process takes is hardware: 2 x 4 samples are 1 x 8.
+        written, wanted = _uncut(written), _uncut(wanted)
+    if written != wanted:
+        key = next(
+            key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key)
+        )
+        raise RecipeError(
+            "output_dir",
+            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, "
+            f"{json.dumps(wanted.get(key))} in this recipe. Choose another output_dir, or go "
+            "back to the recipe that is in the folder.",
+        )
+    return True
+
+
+def _uncut(tree: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what cuts the batch."""
+    training = {key: value for key, value in tree["training"].items() if key not in CUT}
+    return {**tree, "training": training}
+
+
+def _effective_batch(recipe: Recipe) -> int:
+    """The samples of an optimizer step under this launch."""
+    sizes = [recipe.training.get(key, default) for key, default in CUT.items()]
+    return prod(sizes) * engine.launched_processes()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_text())
+
+
 def write(
     folder: Path, outcome: Outcome, *, recipe: Recipe, sequence: TaskSequence, stage: int
 ) -> dict[str, float]:
-    """Put a stage into its folder, scores.json last, and return its scores by task."""
+    """Put a stage into its folder, the marker with all hashes last, and return its scores."""
     path = stage_folder(folder, stage)
     save_tensors(dict(outcome.state), path / "state.safetensors")
     outcome.memory.save(path / "memory.safetensors")
-    save_tensors(dict(outcome.probes), path / "routing.safetensors")
-    checkpoint.write_json(path / "drift.json", router_drift(folder, outcome, stage))
+    outcome.drift.save(path)
     checkpoint.write_json(path / "guards.json", outcome.held)
     checkpoint.write_json(path / "manifest.json", outcome.manifest)
+    checkpoint.write_json(path / "cost.json", outcome.cost)
     checkpoint.write_json(path / "log.json", outcome.log)
     checkpoint.write_json(path / "recipe.json", recipe.stage(stage - 1))
     for name, rows in outcome.answers.items():
-        _write_lines(path / "predictions" / f"{name}.jsonl", [vars(row) for row in rows])
+        _write_lines(predictions(path, name), [vars(answer) for answer in rows])
     checkpoint.drop(path)
-    scores = {task.name: _score(task, outcome.answers) for task in _tasks(sequence, outcome)}
     after = sequence[stage - 1].name if stage else ZERO_SHOT
-    checkpoint.write_json(path / "scores.json", {"after": after, "scores": scores})
-    return scores
+    found = row((*sequence.retain, *sequence.tasks), outcome.answers)
+    checkpoint.write_json(path / "scores.json", {"after": after} | found)
+    checkpoint.mark(path)
+    return found["scores"]
 
 
-def _tasks(sequence: TaskSequence, outcome: Outcome) -> list[Task]:
-    return [task for task in (*sequence.retain, *sequence.tasks) if task.name in outcome.answers]
-
-
-def _score(task: Task, given: Mapping[str, Sequence[Answer]]) -> float:
-    rows = given[task.name]
-    return task.metric([row.prediction for row in rows], [row.reference for row in rows])
-
-
-def router_drift(folder: Path, outcome: Outcome, stage: int) -> dict[str, dict[str, float]]:
-    """How far routing on each learnt task has moved since it was learnt, by `task::router`."""
-    result, first = {}, _first_probes(folder, stage)
-    for name, probability_TE in outcome.probes.items():
-        learnt_TE = first.get(name, probability_TE).float()
-        now_TE = probability_TE.float()
-        # Half precision rounds small probabilities to 0, whose logarithm is no number.
-        logits = [part.clamp_min(1e-7).log() for part in (learnt_TE, now_TE)]
-        result[name] = {
-            "overlap": float(
-                drift.routing_overlap(learnt_TE, now_TE, k=outcome.kept[name.partition("::")[2]])
-            ),
-            "distribution_overlap": float(drift.distribution_overlap(learnt_TE, now_TE)),
-            "kl": float(drift.routing_kl(*logits)),
-            "entropy": float(drift.routing_entropy(now_TE)),
-        }
-    return result
-
-
-def _first_probes(folder: Path, stage: int) -> dict[str, Tensor]:
-    """Each probe as it was when its task had just been learnt, from the stages before this one."""
-    found: dict[str, Tensor] = {}
-    for earlier in range(stage):
-        file = stage_folder(folder, earlier) / "routing.safetensors"
-        if file.exists():
-            found = {**load_tensors(file), **found}
-    return found
+def predictions(path: Path, name: str) -> Path:
+    """The file of the answers to one task in the folder of a stage."""
+    return path / "predictions" / f"{name}.jsonl"
 
 
 def held(model: nn.Module, earlier: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -129,24 +146,22 @@ def held(model: nn.Module, earlier: Mapping[str, Tensor]) -> dict[str, dict[str,
 
 
 def manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, object]:
-    """What made a stage: versions, data, seed, world size and effective batch, and what it cost to
-    keep.
+    """What made a stage: versions, data, seed, engine, precision and effective batch, and what it
+    cost to keep.
     """
-    arguments = trainer.args
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return {
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
         "engine": trainer.engine,
-        "world_size": engine.world_size(),
-        "effective_batch": batch * engine.world_size(),
+        "mixed_precision": trainer.args.mixed_precision,
+        **checkpoint.batch_of(trainer.args),
         "seed": recipe.seed,
         "data": {
             task.name: {"train": fingerprint(task.train), "eval": fingerprint(task.eval)}
             for task in (*sequence.retain, *sequence.tasks)
         },
         "trained_parameters": sum(engine.shape(p).numel() for p in trainer.trained().values()),
-        "memory_bytes": trainer.memory.num_bytes,
+        "memory_bytes": trainer.method.kept_bytes(trainer.memory),
     }
 
 
@@ -157,9 +172,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def _write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = unfinished(path)  # the answers' own progress is written over
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(partial, path)
 
@@ -170,8 +185,25 @@ def scores_of(recipe: Recipe, folder: Path, stages: Sequence[int]) -> dict[str, 
         json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages
     ]
     return table(
-        [block.name for block in recipe.tasks], [block.name for block in recipe.retain], rows
+        [block.name for block in recipe.tasks],
+        [block.name for block in recipe.retain],
+        rows,
+        {block.supersedes: block.name for block in recipe.tasks if block.supersedes},
     )
+
+
+def tell_other_batch(folder: Path, before: int, arguments: TrainingArguments) -> None:
+    """Print that this task's steps have another size than those of the task before it."""
+    then = _manifest(stage_folder(folder, before))["effective_batch"]
+    now = checkpoint.batch_of(arguments)["effective_batch"]
+    if now != then and engine.rank() == 0:
+        print(f"     effective batch {now} from here on, {then} up to task_{before}", flush=True)
+
+
+def tracked(recipe: Recipe, folder: Path, stage: int, outcome: Outcome) -> dict[str, float]:
+    """What trackers are told after a stage: see `tracking.values`."""
+    done = [one for one in range(stage + 1) if (stage_folder(folder, one) / "scores.json").exists()]
+    return tracking.values(scores_of(recipe, folder, done), outcome.drift.rows, outcome.cost)
 
 
 def tell_what_trains(trainer) -> None:

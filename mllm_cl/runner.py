@@ -2,16 +2,15 @@
 one before.
 
 task_0/ the incoming model: zero-shot scores and, with `retain:`, what it already knows
-task_1/ … the first task …, each with state, memory, predictions, drift and, last, scores.json
+task_1/ … the first task …, each with state, memory, predictions, drift, scores; last complete.json
 """
 
 import contextlib
 import gc
-import json
 import os
 import socket
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,31 +18,32 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from mllm_cl import checkpoint, engine, record
-from mllm_cl.data import read
+from mllm_cl import checkpoint, drifts, engine, record, tracking
+from mllm_cl.cost import Cost
+from mllm_cl.data import fingerprint, read
 from mllm_cl.data.chat import ChatCollator
+from mllm_cl.data.lengths import Lengths
+from mllm_cl.data.policy import for_scoring, for_training
 from mllm_cl.evaluate import Answer, answers
 from mllm_cl.memory import Memory, load_tensors
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.scores import ZERO_SHOT
-from mllm_cl.model import anatomy
-from mllm_cl.model.adapt import resting_experts
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
-from mllm_cl.model.watch import routing
+from mllm_cl.progress import Progress, digest, unfinished
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.report import draw, show
+from mllm_cl.stopping import SaveAndStop, Stopping
 from mllm_cl.task import Sample, Task, TaskSequence
-from mllm_cl.trainer import continual
-
-PROBE_SAMPLES = 32  # per task, on which routing is compared between stages
+from mllm_cl.trainer import check_engine, continual
 
 
-def run(recipe: Recipe) -> Path:
+def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
     """Train and score the tasks of `recipe` in turn; stages that are done are not done again.
 
     Under ZeRO-3 the process runs the caller's own command again after each task (see
     `_start_afresh`), so what comes before this call has to bear that.
+    With `stopping`, a SIGTERM saves what there is and raises `Stopped`.
     Returns the output folder, whose `scores.json` holds the matrix. Collective: every process of a
     launch calls it.
     """
@@ -52,9 +52,9 @@ def run(recipe: Recipe) -> Path:
     _hush()
     stages = [0, len(sequence)] if recipe.method.trains_once else list(range(len(sequence) + 1))
     for before, stage in zip([None, *stages], stages, strict=False):
-        if not _done(recipe, folder, stage):
-            _step(recipe, sequence, stage, folder, before)
-            if engine.launched_zero_stage() == 3 and stage < stages[-1]:
+        if not record.is_done(recipe, folder, stage):
+            used = _step(recipe, sequence, stage, folder, before, stopping)
+            if engine.outlives_its_task(used) and stage < stages[-1]:
                 _start_afresh()
     if engine.rank() == 0:
         scores = record.scores_of(recipe, folder, stages)
@@ -64,6 +64,32 @@ def run(recipe: Recipe) -> Path:
         show(scores)
     engine.barrier()
     return folder
+
+
+def measure(recipe: Recipe, path: Path) -> Memory:
+    """Write what the model of `recipe` already knows, by its `retain` sets, to the file `path`.
+
+    A recipe with `memory: path` protects it from its first task on. Nothing is trained or scored.
+    Collective.
+    """
+    _hush()
+    sequence, memory = tasks_of(recipe), _incoming(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = _trainer(recipe, sequence, 0, Path(folder), memory)
+        trainer.prepare_for_evaluation()
+        trainer.measure_task()
+    if engine.rank() == 0:
+        memory.save(path)
+        known = ", ".join(task.name for task in sequence.retain)
+        print(f"{path}: {memory.num_bytes:,} bytes of {known} for {recipe.method_name}")
+    engine.barrier()
+    _release(trainer)
+    return memory
+
+
+def _incoming(recipe: Recipe) -> Memory:
+    """What is known before the first stage: nothing, or the file that the recipe names."""
+    return Memory() if recipe.memory is None else Memory.load(recipe.memory)
 
 
 def _hush() -> None:
@@ -78,56 +104,106 @@ def _hush() -> None:
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
     """The tasks that a recipe names, with their data."""
-    tasks = [_task(block, index + 1, recipe.seed) for index, block in enumerate(recipe.tasks)]
-    retain = [_task(block, 0, recipe.seed) for block in recipe.retain]
+    lengths = Lengths(load_processor(recipe.model)) if recipe.data.max_length else None
+    tasks = [_task(block, n, recipe, lengths) for n, block in enumerate(recipe.tasks, start=1)]
+    retain = [_task(block, 0, recipe, lengths) for block in recipe.retain]
     return TaskSequence(tuple(tasks), tuple(retain))
 
 
-def _task(block, index: int, seed: int) -> Task:
+def _task(block, index: int, recipe: Recipe, lengths: Lengths | None) -> Task:
     train_size = None if index == 0 else block.train_size
     try:
-        train = read(block.data, "train", train_size, seed, **block.args)
+        train = read(block.data, "train", train_size, recipe.seed, **block.args)
         test = read(block.data, "test", block.eval_size, 0, **block.args)
+        train = for_training(train, recipe.data, lengths)
+        test = for_scoring(test, recipe.data, lengths)
     except ValueError as error:
         raise RecipeError(f"{block.name}.data", str(error)) from None
-    return Task(block.name, index, train, test, metric(block.metric))
-
-
-def _done(recipe: Recipe, folder: Path, stage: int) -> bool:
-    """Whether a stage is complete. RecipeError where it was made by a recipe that differs in what
-    counts.
-    """
-    path = record.stage_folder(folder, stage)
-    if not (path / "scores.json").exists():
-        return False
-    written = json.loads((path / "recipe.json").read_text())
-    wanted = json.loads(json.dumps(recipe.stage(stage - 1)))
-    if written != wanted:
-        key = next(
-            key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key)
-        )
-        raise RecipeError(
-            "output_dir",
-            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, "
-            f"{json.dumps(wanted.get(key))} in this recipe. Choose another output_dir, or go "
-            "back to the recipe that is in the folder.",
-        )
-    return True
+    supersedes = None if index == 0 else block.supersedes
+    return Task(block.name, index, train, test, metric(block.metric), supersedes=supersedes)
 
 
 def _step(
-    recipe: Recipe, sequence: TaskSequence, stage: int, folder: Path, before: int | None
-) -> None:
-    """One stage: the folder of the stage before it, and the recipe, to its own folder."""
-    path, start = record.stage_folder(folder, stage), time.monotonic()
-    arguments = _arguments(recipe, path)
-    model, processor = load_model(recipe.model), load_processor(recipe.model)
-    base = {name for name, _ in model.named_parameters()}
+    recipe: Recipe,
+    sequence: TaskSequence,
+    stage: int,
+    folder: Path,
+    before: int | None,
+    stopping: Stopping | None,
+) -> str:
+    """One stage: the folder of the stage before it, and the recipe, to its own folder; returns the
+    engine that it ran on.
+    """
+    path, cost = record.stage_folder(folder, stage), Cost()
     memory = (
-        Memory()
+        _incoming(recipe)
         if before is None
         else Memory.load(record.stage_folder(folder, before) / "memory.safetensors")
     )
+    trainer, base = _trainer(recipe, sequence, stage, path, memory)
+    if stopping is not None:
+        trainer.add_callback(SaveAndStop(stopping))
+    if before:  # stage 0 trained nothing
+        record.tell_other_batch(folder, before, trainer.args)
+    processor = trainer.data_collator.processor
+    earlier = {}
+    if before is not None:
+        earlier = load_tensors(record.stage_folder(folder, before) / "state.safetensors")
+        restore_state(trainer.model, earlier)
+    if stage == 0 and engine.rank() == 0:
+        record.tell_what_trains(trainer)
+    cost.lap("load")
+    _train(trainer, stage, path)
+    cost.lap("train")
+    bare = trainer.bare_model()
+    state = trained_state(bare, base)
+    made_by = f"{recipe.fingerprint(stage - 1)} {digest(state)}"
+    given = _score(recipe, _scored(sequence, stage), bare, processor, path, made_by)
+    cost.lap("score")
+    drift = drifts.measure(
+        bare,
+        ChatCollator(processor),
+        (*sequence.retain, *sequence.tasks[:stage]),
+        [record.stage_folder(folder, one) for one in range(stage)],
+        state,
+        batch_size=recipe.eval.batch_size,
+    )
+    cost.lap("drift")
+    outcome = record.Outcome(
+        state=state,
+        memory=memory,
+        drift=drift,
+        held=record.held(bare, earlier),
+        answers=given,
+        manifest=record.manifest(recipe, trainer, sequence),
+        cost=cost.table(state),
+        log=trainer.state.log_history,
+    )
+    if engine.rank() == 0:
+        scores = record.write(folder, outcome, recipe=recipe, sequence=sequence, stage=stage)
+        told = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        done = f"{stage}/{len(sequence)} {sequence[stage - 1].name if stage else ZERO_SHOT}"
+        print(f"{done}: {told}  ({cost.total:.0f} s)", flush=True)
+        record.tell_what_held(outcome.held)
+        found = record.tracked(recipe, folder, stage, outcome)
+        tracking.send(found, trainer.args.report_to, folder, stage)
+    engine.barrier()
+    _release(trainer)
+    return trainer.engine
+
+
+def _trainer(
+    recipe: Recipe, sequence: TaskSequence, stage: int, path: Path, memory: Memory
+) -> tuple[Trainer, set[str]]:
+    """The trainer of a stage, with the method's surgery done, and the names of the model's own
+    weights.
+    """
+    arguments = _arguments(recipe, path)
+    try:
+        model, processor = load_model(recipe.model), load_processor(recipe.model)
+    except ValueError as error:
+        raise RecipeError("model", str(error)) from error
+    base = {name for name, _ in model.named_parameters()}
     task, samples = _work(recipe, sequence, stage, memory)
     try:
         trainer = continual(Trainer)(
@@ -143,49 +219,28 @@ def _step(
         raise RecipeError("method", str(error)) from error
     if not sys.stderr.isatty():
         trainer.remove_callback(PrinterCallback)  # log.json keeps what it would print
-    earlier = {}
-    if before is not None:
-        earlier = load_tensors(record.stage_folder(folder, before) / "state.safetensors")
-        restore_state(trainer.model, earlier)
-    if stage == 0 and engine.rank() == 0:
-        record.tell_what_trains(trainer)
-    _train(trainer, stage, samples, path)
-    bare = trainer.bare_model()
-    given = _score(recipe, _scored(sequence, stage), bare, processor)
-    outcome = record.Outcome(
-        state=trained_state(bare, base),
-        memory=memory,
-        probes=_probes(
-            bare, processor, (*sequence.retain, *sequence.tasks[:stage]), recipe.eval.batch_size
-        ),
-        kept=_kept(bare),
-        held=record.held(bare, earlier),
-        answers=given,
-        manifest=record.manifest(recipe, trainer, sequence),
-        log=trainer.state.log_history,
-    )
-    if engine.rank() == 0:
-        scores = record.write(folder, outcome, recipe=recipe, sequence=sequence, stage=stage)
-        told = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        done = f"{stage}/{len(sequence)} {sequence[stage - 1].name if stage else ZERO_SHOT}"
-        print(f"{done}: {told}  ({time.monotonic() - start:.0f} s)", flush=True)
-        record.tell_what_held(outcome.held)
-    engine.barrier()
-    _release(trainer)
+    return trainer, base
 
 
 def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
+    """The Trainer's arguments. RecipeError for a launch on which the method keeps no promise."""
     no_terminal = not sys.stderr.isatty()
     settings = {
         "save_total_limit": 2,
         "disable_tqdm": no_terminal or engine.rank() > 0,
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),
+        **engine.launched_precision(),
         **recipe.training,
     }
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(path), seed=recipe.seed, remove_unused_columns=False, **settings
     )
+    try:
+        check_engine(recipe.method, engine.asked(arguments))
+    except ValueError as error:
+        raise RecipeError("method", str(error)) from error
+    return arguments
 
 
 def _work(
@@ -201,11 +256,12 @@ def _work(
         first = sequence[0]
         return Task("retain", 0, first.train, first.eval, first.metric), retained
     task = sequence[stage - 1]
-    past = sequence.tasks[: stage - 1] if recipe.method.rehearsal else ()
+    past = sequence.before(stage) if recipe.method.rehearsal else ()
     return task, recipe.method.train_set(task, memory, past)
 
 
-def _train(trainer, stage: int, samples: Sequence[Sample] | None, path: Path) -> None:
+def _train(trainer, stage: int, path: Path) -> None:
+    samples = trainer.train_dataset
     if stage == 0 or samples is None:
         trainer.prepare_for_evaluation()
         if stage == 0 and samples is not None:
@@ -215,6 +271,11 @@ def _train(trainer, stage: int, samples: Sequence[Sample] | None, path: Path) ->
         path.mkdir(parents=True, exist_ok=True)
     latest = checkpoint.newest(path) if engine.rank() == 0 else None
     latest = engine.gather([str(latest)] if latest else [])
+    if latest:
+        try:
+            checkpoint.check_batch(trainer.args, Path(latest[0]))
+        except ValueError as error:
+            raise RecipeError("training", str(error)) from error
     trainer.train(resume_from_checkpoint=latest[0] if latest else None)
 
 
@@ -227,9 +288,11 @@ def _scored(sequence: TaskSequence, stage: int) -> list[Task]:
 
 
 def _score(
-    recipe: Recipe, tasks: Sequence[Task], model: nn.Module, processor
+    recipe: Recipe, tasks: Sequence[Task], model: nn.Module, processor, path: Path, made_by: str
 ) -> dict[str, list[Answer]]:
-    """The answers of the model as it is now, by task."""
+    """The answers of the model as it is now, by task. What a stage that was cut off had answered is
+    not asked again, if the same recipe and the same weights gave those answers.
+    """
     quiet = not sys.stderr.isatty() or engine.rank() > 0
     return {
         task.name: answers(
@@ -238,6 +301,10 @@ def _score(
             task.eval,
             batch_size=recipe.eval.batch_size,
             max_new_tokens=recipe.eval.max_new_tokens,
+            progress=Progress(
+                unfinished(record.predictions(path, task.name)),
+                f"{made_by} {fingerprint(task.eval)}",
+            ),
             name=task.name,
             quiet=quiet,
         )
@@ -245,42 +312,9 @@ def _score(
     }
 
 
-def _watched(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a model: native ones, and those of mixtures of LoRA experts."""
-    mixtures = {path: moe.router for path, moe in resting_experts(model).items()}
-    return dict(anatomy.routers(model)) | mixtures
-
-
-def _kept(model: nn.Module) -> dict[str, int]:
-    """The experts per token of each router; two of a mixture of LoRA experts that weighs all."""
-    mixtures = {
-        path: moe.top_k or min(2, moe.num_experts) for path, moe in resting_experts(model).items()
-    }
-    return anatomy.top_k(model) | mixtures
-
-
-def _probes(
-    model: nn.Module, processor, learnt: Sequence[Task], batch_size: int
-) -> dict[str, torch.Tensor]:
-    """Routing probabilities on the first samples of each learnt task, by `task::router`, the same
-    on every rank. Collective.
-    """
-    watched, collate = _watched(model), ChatCollator(processor)
-    probes = {}
-    for task in learnt if watched else ():
-        first = [task.eval[index] for index in range(min(PROBE_SAMPLES, len(task.eval)))]
-        parts = range(0, len(first), batch_size)
-        batches = [collate(first[start : start + batch_size]) for start in parts]
-        for router, probability_TE in routing(model, watched, batches).items():
-            probes[f"{task.name}::{router}"] = probability_TE.half()
-    return probes
-
-
 def _release(trainer) -> None:
     """Let go of the model, the optimizer and the engine before the next stage makes new ones."""
-    if trainer.engine.startswith("zero") and trainer.deepspeed is not None:
-        trainer.deepspeed.destroy()
-    trainer.accelerator.free_memory()
+    trainer.accelerator.free_memory()  # destroys a DeepSpeed engine, too
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
     gc.collect()
     if torch.cuda.is_available():
@@ -288,7 +322,7 @@ def _release(trainer) -> None:
 
 
 def _start_afresh() -> None:
-    """Go on in a new process image: ZeRO-3 engines outlive `destroy()` and hold on to their memory.
+    """Go on in a new process image, since this one's engine holds on to its memory.
 
     The launcher sees the same processes. They meet again at a port of their own, since the
     launcher's store still holds the addresses of the old group.

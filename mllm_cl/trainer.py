@@ -12,12 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from mllm_cl import checkpoint, engine
+from mllm_cl.data.chat import ChatCollator, picture_inputs
 from mllm_cl.memory import Memory
 from mllm_cl.method import Method
+from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
+from mllm_cl.model.tower import show_guard_picture
 from mllm_cl.task import Sample, Task
 
 
@@ -53,18 +56,18 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
         ) -> None:
             self.method, self.task = method, task
             self.memory = Memory() if memory is None else memory
-            model = kwargs["model"] if "model" in kwargs else args[0]
-            method.before_task(model, task, self.memory)
+            # The Trainer's own order: the model comes first, its arguments second.
+            given = dict(zip(("model", "args"), args, strict=False)) | kwargs
+            if given.get("args") is not None:
+                check_engine(method, engine.asked(given["args"]))
+            method.before_task(given["model"], task, self.memory)
             super().__init__(*args, **kwargs)
             engine.check_launch(self.accelerator)
             self.engine = engine.name(self.accelerator)
-            _check_engine(method, self.engine)
-            if self.engine == "zero3":
-                # Its backward hooks hang on a forward whose first trained weight lies behind frozen
-                # ones.
-                self.model.enable_input_require_grads()
-            if self.engine == "fsdp2":
-                engine.wrap_what_exists(self.accelerator, self.model)
+            check_engine(method, self.engine)
+            widen(self.model)
+            engine.make_ready(self.accelerator, self.model)
+            _guard_tower(self.model, self.data_collator, self.processing_class)
 
         def bare_model(self) -> nn.Module:
             """The model inside the engine's wrappers: hooks and guards live on it."""
@@ -111,23 +114,17 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             """Bring the model to where it can answer, without an optimizer: for stages that train
             nothing.
             """
-            if self.engine == "zero3":
-                from transformers.integrations.deepspeed import deepspeed_init
-
-                deepspeed_init(self, num_training_steps=0, inference=True)
-            if self.engine in ("zero3", "fsdp2"):
-                self.model_wrapped = self.accelerator.prepare(self.model)
-            else:
-                self.model.to(self.args.device)
+            self.model_wrapped = engine.wrap_for_answers(self)
 
         def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
             # One door for all engines: the model is wrapped and its optimizer exists, no step was
             # made.
             model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-            engine.check_launch(self.accelerator, self.bare_model())
+            bare = self.bare_model()
+            engine.check_launch(self.accelerator, bare)
             if resume_from_checkpoint is None:
                 self.method.start_task(
-                    self.bare_model(), self.task, self.memory, self.batches(), engine.sum_over_ranks
+                    bare, self.task, self.memory, self.batches(), engine.sum_over_ranks
                 )
             else:
                 checkpoint.load(self, Path(resume_from_checkpoint))
@@ -147,13 +144,6 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             checkpoint.save(self, Path(self._get_output_dir(trial=trial)))
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if type(self.method).loss is Method.loss:
-                return super().compute_loss(
-                    model,
-                    inputs,
-                    return_outputs=return_outputs,
-                    num_items_in_batch=num_items_in_batch,
-                )
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -168,19 +158,40 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
                 # has to be divided by their number.
                 extra = extra / self.current_gradient_accumulation_steps
             loss = loss if extra is None else loss + extra
+            self._refuse_no_number(loss)
             return (loss, outputs) if return_outputs else loss
+
+        def _refuse_no_number(self, loss: Tensor) -> None:
+            # Before backward: under DeepSpeed that takes the step, and a rank's NaN spreads to all.
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of step {self.state.global_step + 1} is {float(loss)}; no weight "
+                    "has taken it up. Lower the learning rate, or look for a broken sample with "
+                    "'mllm-cl data check'; the same command goes on from the last checkpoint."
+                )
 
     Continual.__name__ = Continual.__qualname__ = f"Continual{trainer_class.__name__}"
     return Continual
 
 
-def _check_engine(method: Method, name: str) -> None:
-    if name not in method.engines:
+def check_engine(method: Method, name: str) -> None:
+    """Raise ValueError for an engine on which the method cannot keep its promise."""
+    if name not in method.runs_on:
         raise ValueError(
             f"method {method.name!r} cannot run on {name}: it needs what only "
-            f"{', '.join(method.engines)} "
-            "offer. Choose another launch file or another method."
+            f"{', '.join(method.runs_on)} offer. Choose another launch file or another method."
         )
+
+
+def _guard_tower(model: nn.Module, collator: object, processor: object = None) -> None:
+    """Let the vision tower take part in text-only batches, wherever a processor says what it sees.
+
+    A collator of one's own, or a tokenizer, says nothing: such batches are left as they are.
+    """
+    if isinstance(collator, ChatCollator):
+        processor = collator.processor
+    if isinstance(processor, ProcessorMixin) and processor.chat_template is not None:
+        show_guard_picture(model, picture_inputs(processor))
 
 
 @contextmanager
@@ -207,11 +218,19 @@ def learning(
                 outputs = model(**batch)
                 accelerator.backward(outputs.loss + term(batch, outputs))
 
-    Raises ValueError for an engine on which the method cannot keep its promise.
+    Every engine of the Trainer will do. Two of them ask for a line more: ZeRO for
+    `accelerator.free_memory()` between two tasks on one model, FSDP2 for
+    `engine.make_ready(accelerator, model)` before `prepare` if the model lacks blocks that its
+    class names, as a LLaVA does.
+    Raises ValueError for an engine on which the method cannot keep its promise, and where what
+    trains is kept in less than fp32.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     engine.check_launch(accelerator, bare)
-    _check_engine(method, engine.name(accelerator))
+    check_engine(method, engine.name(accelerator))
+    check_wide(bare)
+    engine.make_ready(accelerator, bare)
+    _guard_tower(bare, loader.collate_fn)
     # Of the loader only what it draws from: iterating it would advance its random state.
     batches = Calibration(loader.dataset, loader.collate_fn, num_tokens=method.calibration_tokens)
 

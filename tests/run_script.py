@@ -48,8 +48,9 @@ def main() -> None:
         stage = runner._step
 
         def watched(*args):
-            stage(*args)
+            used = stage(*args)
             write_footprint(Path(os.environ["FOOTPRINT"]))
+            return used
 
         runner._step = watched
     runner.run(Recipe.load(sys.argv[1], sys.argv[2:]))

@@ -8,10 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from engine_script import cases
@@ -39,18 +42,25 @@ LAUNCHES: dict[str, tuple[list[str], dict[str, str]]] = {
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
 
 
-def launch(engine: str, script: str, *arguments: str) -> None:
-    """Run a script of this folder on an engine; its output is shown where it fails."""
-    words, extra = LAUNCHES[engine]
-    environment = {**os.environ, **extra, "EXPECTED_ENGINE": engine, "OMP_NUM_THREADS": "1"}
+def launch(
+    engine: str, script: str, *arguments: str, words: Sequence[str] = (), returns: int = 0, **extra
+) -> None:
+    """Run a script of this folder on an engine; its output is shown where it fails.
+
+    `words` go to the launcher, `extra` into the environment; `returns` is the expected exit code.
+    """
+    own, variables = LAUNCHES[engine]
+    environment = {**os.environ, **variables, "EXPECTED_ENGINE": engine, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *words, str(HERE / script), *arguments],
-        env=environment,
+        [sys.executable, *own, *words, str(HERE / script), *arguments],
+        env=environment | extra,
         capture_output=True,
         text=True,
         timeout=1100,
     )
-    assert done.returncode == 0, f"{engine} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == returns, (
+        f"{engine} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,7 @@ def test_the_engine_gives_the_numbers_of_one_process(engine, results):
 def test_checkpointing_and_accumulation_change_nothing(results):
     found, _ = results("single")
     for case in cases():
-        plain = found[f"{case.method}/{case.kind}/plain/1"]["losses"]
+        plain = found[replace(case, checkpointing=False, accumulation=1).name]["losses"]
         difference = torch.tensor(plain) - torch.tensor(found[case.name]["losses"])
         assert difference.abs().max() < 1e-4, case.name
 
@@ -104,3 +114,157 @@ def test_same_protects_something_in_this_matrix(results):
     moved = [name for name in tensors if name.startswith("same/") and "::moved::" in name]
     assert moved
     assert all(tensors[name].abs().max() > 0 for name in moved if "experts" not in name)
+
+
+# What else an engine owes: promise_script.py
+
+
+@pytest.fixture(scope="module")
+def promises(tiny_folder, tmp_path_factory):
+    """What promise_script.py found on an engine, by name."""
+    out = tmp_path_factory.mktemp("promises")
+    models = tiny_folder["llava"].parent
+
+    def of(engine: str) -> dict[str, torch.Tensor]:
+        file = out / f"promise-{engine}.safetensors"
+        if not file.exists():
+            launch(engine, "promise_script.py", str(out), str(models))
+        return load_file(file)
+
+    return of
+
+
+@pytest.mark.parametrize("engine", [name for name in LAUNCHES if name != "single"])
+def test_a_loop_of_ones_own_learns_on_the_engine_what_it_learns_alone(engine, promises):
+    """test_plug.py compares the loop of one process with the Trainer."""
+    alone, found = promises("single"), promises(engine)
+    assert alone.keys() == found.keys()
+    for name in [name for name in alone if name.startswith("same/")]:
+        if name.endswith("::losses"):
+            torch.testing.assert_close(found[name], alone[name], atol=1e-4, rtol=0, msg=name)
+        elif alone[name].is_floating_point() and alone[name].numel():
+            # Two tasks of Adam magnify what sums in another order differ by.
+            apart = (found[name] - alone[name]).norm() / alone[name].norm().clamp_min(1e-12)
+            assert apart < (1e-2 if "::moved::" in name else 1e-3), name
+        else:
+            assert torch.equal(found[name], alone[name]), name
+
+
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_a_small_step_arrives_in_a_bf16_model(engine, promises):
+    """AdamW's first step is the rate, 1e-5; in bf16 it would be rounded away."""
+    steps = {n: s for n, s in promises(engine).items() if n.startswith(("lora::", "whole::"))}
+    assert len(steps) == 6  # A and B of two layers, and two whole weights
+    for name, step in steps.items():
+        arrived = ((step.abs() - 1e-5).abs() < 2e-6).float().mean()
+        # B is zero at first, so A has no gradient.
+        assert (arrived == 0) if ".lora_A." in name else (arrived > 0.9), name
+
+
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_scores_before_and_after_training_are_of_one_precision_on_the_engine(engine, promises):
+    """Bitwise: the step between them had rate 0."""
+    found = promises(engine)
+    assert torch.equal(found["still::before"], found["still::after"])
+
+
+# Whole runs
+
+
+def recipe(folder: Path, model: Path) -> Path:
+    """Two tiny tasks, whose steps see the same samples however they are cut."""
+    tree = {
+        "seed": 1,
+        "output_dir": str(folder / "run"),
+        "model": {"model_name_or_path": str(model), "lora_target_modules": ["q_proj"]},
+        "method": {"name": "same", "num_experts": 2, "calibration_tokens": 512},
+        "tasks": [
+            {"name": name, "data": f"toy:{name}", "train_size": 32, "eval_size": 4}
+            for name in ("arrow", "word")
+        ],
+        "training": {
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+            "logging_steps": 1,
+        },
+        "eval": {"batch_size": 4, "max_new_tokens": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def manifests(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"task_{stage}/manifest.json").read_text()) for stage in range(3)]
+
+
+@pytest.fixture(scope="module")
+def run_alone(tiny_folder, tmp_path_factory) -> Path:
+    """The folder of a whole run of one process, which takes eight samples at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    eight = "--training.per_device_train_batch_size=8"
+    launch("single", "run_script.py", str(recipe(folder, tiny_folder["llava"])), eight)
+    return folder / "run"
+
+
+def assert_ends_alike(found: Path, expected: Path) -> None:
+    """The same displacements after the last task, and the same answers on the way."""
+    state, wanted = (load_file(run / "task_2/state.safetensors") for run in (found, expected))
+    assert state.keys() == wanted.keys()
+    moved = [name for name in wanted if "::" in name]
+    assert moved
+    for name in moved:
+        assert wanted[name].norm() > 0
+        assert (state[name] - wanted[name]).norm() < 1e-3 * wanted[name].norm(), name
+    for path in expected.glob("task_*/predictions/*.jsonl"):
+        assert (found / path.relative_to(expected)).read_text() == path.read_text(), path
+
+
+def test_fsdp2_runs_all_stages_as_one_process_does(run_alone, tiny_folder, tmp_path):
+    launch("fsdp2", "run_script.py", str(recipe(tmp_path, tiny_folder["llava"])))
+    assert {made["engine"] for made in manifests(tmp_path / "run")} == {"fsdp2"}
+    assert_ends_alike(tmp_path / "run", run_alone)
+
+
+def test_the_stage_and_the_precision_of_a_launch_are_deepspeeds_own(tiny_folder, tmp_path):
+    """`mixed_precision` of the launch file is DeepSpeed's, without a word in the recipe."""
+    words = ["--mixed_precision", "bf16"]
+    launch("zero2", "run_script.py", str(recipe(tmp_path, tiny_folder["llava"])), words=words)
+    for made in manifests(tmp_path / "run"):
+        assert (made["engine"], made["mixed_precision"]) == ("zero2", "bf16")
+
+
+def test_zero3_by_a_deepspeed_file_runs_all_stages(tiny_folder, tmp_path, monkeypatch):
+    """The launch file names no stage; each task gets a fresh image of the process all the same."""
+    sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
+    settings = {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": "auto", **sizes}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    tree = yaml.safe_load((HERE.parent / "launch/cpu/zero3.yaml").read_text())
+    del tree["mixed_precision"]
+    tree["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "deepspeed.json"),
+        "deepspeed_multinode_launcher": "standard",
+        "zero3_init_flag": True,
+    }
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setitem(LAUNCHES, "file", ([*ACCELERATE, str(tmp_path / "launch.yaml")], {}))
+    path, prints = recipe(tmp_path, tiny_folder["llava"]), tmp_path / "footprints"
+    prints.mkdir()
+    launch("file", "run_script.py", str(path), EXPECTED_ENGINE="zero3", FOOTPRINT=str(prints))
+    assert {made["engine"] for made in manifests(tmp_path / "run")} == {"zero3"}
+
+
+def test_a_task_goes_on_with_other_processes_where_the_effective_batch_stays(
+    run_alone, tiny_folder, tmp_path
+):
+    """Killed on two processes with four samples each, finished on one with eight."""
+    path = str(recipe(tmp_path, tiny_folder["llava"]))
+    # torchrun exits with 1 where a process exits with 9
+    launch("ddp", "run_script.py", path, KILL_AT_STEP="3", returns=1)
+    assert (tmp_path / "run/task_1/checkpoint-2/complete.json").exists()
+    launch("single", "run_script.py", path, returns=1)
+    assert not (tmp_path / "run/task_1/scores.json").exists(), "four samples a step are refused"
+    launch("single", "run_script.py", path, "--training.per_device_train_batch_size=8")
+    assert_ends_alike(tmp_path / "run", run_alone)

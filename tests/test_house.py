@@ -9,7 +9,7 @@ import pytest
 
 import mllm_cl
 from mllm_cl.metrics.scores import table
-from mllm_cl.recipe import EvalBlock, ModelBlock, Recipe, RetainBlock, TaskBlock
+from mllm_cl.recipe import DataBlock, EvalBlock, ModelBlock, Recipe, RetainBlock, TaskBlock
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mllm_cl"
@@ -86,7 +86,14 @@ def test_only_the_runner_imports_the_trainer():
 def test_optional_packages_are_imported_only_in_the_functions_that_need_them():
     for name in NAMES:
         eager = theirs(name, late=False)
-        assert not eager & {"deepspeed", "bitsandbytes", "trl", "sklearn", "matplotlib"}, name
+        assert not eager & {
+            "deepspeed",
+            "bitsandbytes",
+            "trl",
+            "sklearn",
+            "matplotlib",
+            "sacrebleu",
+        }, name
 
 
 def test_sharding_is_known_to_the_engine_alone():
@@ -138,7 +145,7 @@ def test_the_commands_are_these():
         for node in called
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_parser"
     ]
-    assert sorted(commands) == ["list", "report", "run"]
+    assert sorted(commands) == ["data", "list", "measure", "report", "run"]
 
 
 MINIMAL = """
@@ -152,13 +159,16 @@ def test_the_keys_of_a_recipe_are_these(tmp_path):
     path = tmp_path / "minimal.yaml"
     path.write_text(MINIMAL)
     keys = list(Recipe.load(path).resolved())
-    assert keys == ["seed", "output_dir", "model", "method", "tasks", "retain", "training", "eval"]
+    blocks = ["model", "method", "tasks", "retain", "data", "training", "eval"]
+    assert keys == ["seed", "output_dir", *blocks]
     blocks = {
-        ModelBlock: "model_name_or_path model_revision dtype attn_implementation trust_remote_code "
-        "use_peft lora_r lora_alpha lora_dropout lora_target_modules",
+        ModelBlock: "model_name_or_path model_revision adapter_name_or_path dtype "
+        "attn_implementation trust_remote_code use_peft lora_r lora_alpha lora_dropout "
+        "lora_target_modules",
         RetainBlock: "name data eval_size metric args",
-        TaskBlock: "name data eval_size metric args train_size",
-        EvalBlock: "batch_size max_new_tokens",
+        TaskBlock: "name data eval_size metric args train_size supersedes",
+        DataBlock: "on_error error_budget max_length too_long",
+        EvalBlock: "batch_size max_new_tokens backend",
     }
     for block, expected in blocks.items():
         assert [field.name for field in fields(block)] == expected.split()
@@ -181,6 +191,16 @@ def test_the_keys_of_the_scores_are_these():
         "forward_transfer",
         "retain_average",
         "retain_change",
+    ]
+    both = {"one": 1.0, "kept": 0.5}
+    for row in rows:
+        row |= {"exact_match": both, "normalised_match": both, "losses": both}
+    assert list(table(["one"], ["kept"], rows)["summary"])[7:12] == [
+        "exact_match_average",
+        "exact_match_forgetting",
+        "normalised_match_average",
+        "normalised_match_forgetting",
+        "objective",
     ]
 
 

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoProcessor, Trainer, TrainingArguments
+
+from mllm_cl import checkpoint, continual, load_method
+from mllm_cl.data.chat import ChatCollator
+from mllm_cl.model.surgery import guards
+from toy_run import load, toy_tasks
 
 HERE = Path(__file__).parent
 SAME_BYTES = ("state.safetensors", "memory.safetensors", "scores.json", "routing.safetensors")
@@ -99,15 +105,22 @@ def test_a_deleted_last_task_is_rebuilt_to_the_same_bytes(finished):
     assert digests(folder) == before
 
 
-def test_an_appended_task_continues_a_finished_run(finished, tmp_path):
+def copied(finished: tuple[Path, Path], into: Path, *tasks: str) -> tuple[Path, Path]:
+    """A copy of a finished run, and its recipe with more tasks."""
     folder, path = finished
-    copy = tmp_path / "run"
-    shutil.copytree(folder, copy)
+    shutil.copytree(folder, into / "run")
     tree = yaml.safe_load(path.read_text())
-    tree["output_dir"] = str(copy)
-    tree["tasks"].append({"name": "tiles", "data": "toy:tiles", "train_size": 32, "eval_size": 8})
-    longer = tmp_path / "longer.yaml"
+    tree["output_dir"] = str(into / "run")
+    sizes = {"train_size": 32, "eval_size": 8}
+    tree["tasks"] += [{"name": name, "data": f"toy:{name}", **sizes} for name in tasks]
+    longer = into / "longer.yaml"
     longer.write_text(yaml.safe_dump(tree))
+    return into / "run", longer
+
+
+def test_an_appended_task_continues_a_finished_run(finished, tmp_path):
+    folder, _ = finished
+    copy, longer = copied(finished, tmp_path, "tiles")
     before = digests(folder)
     run_in_process(longer)
     after = digests(copy)
@@ -121,6 +134,87 @@ def test_a_folder_of_another_recipe_is_refused(finished):
     _, path = finished
     with pytest.raises(ValueError, match="made with another 'seed'"):
         run_in_process(path, "--seed", "2")
+
+
+def test_an_appended_task_says_that_its_steps_have_another_size(finished, tmp_path, capsys):
+    copy, longer = copied(finished, tmp_path, "tiles")
+    manifest = copy / "task_2" / "manifest.json"
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(made | {"world_size": 2, "effective_batch": 16}))
+    checkpoint.mark(manifest.parent)
+    run_in_process(longer)
+    assert "effective batch 8 from here on, 16 up to task_2" in capsys.readouterr().out
+    assert json.loads((copy / "task_3" / "manifest.json").read_text())["effective_batch"] == 8
+
+
+def test_a_finished_run_bears_the_same_batch_cut_otherwise_and_no_other(finished):
+    folder, path = finished
+    before = digests(folder)
+    fours = "--training.per_device_train_batch_size=4"
+    run_in_process(path, fours, "--training.gradient_accumulation_steps=2")
+    assert digests(folder) == before
+    with pytest.raises(ValueError, match="made with another 'training'"):
+        run_in_process(path, fours)
+
+
+def trainer_of(folder: Path, out: Path, **settings):
+    """A Trainer that learns one task in four steps and saves after each."""
+    task = toy_tasks()[0]
+    arguments = TrainingArguments(
+        str(out),
+        learning_rate=1e-3,
+        max_steps=4,
+        save_steps=1,
+        logging_steps=1,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    return continual(Trainer)(
+        model=load(folder),
+        args=arguments,
+        train_dataset=task.train,
+        data_collator=ChatCollator(AutoProcessor.from_pretrained(folder)),
+        method=load_method("same")(num_experts=2, lora_target_modules=("q_proj",)),
+        task=task,
+    )
+
+
+def test_a_task_goes_on_with_the_same_batch_cut_otherwise_and_with_no_other(tiny_folder, tmp_path):
+    folder = tiny_folder["llava"]
+    whole = trainer_of(folder, tmp_path, per_device_train_batch_size=8)
+    whole.train()
+    halfway = tmp_path / "checkpoint-2"
+    assert json.loads((halfway / "batch.json").read_text()) == {
+        "effective_batch": 8,
+        "per_device_batch": 8,
+        "accumulation": 1,
+        "world_size": 1,
+    }
+    settings = {"per_device_train_batch_size": 4}
+    other = trainer_of(folder, tmp_path / "other", **settings)
+    told = r"effective batch of 8 .* this launch has 4 .*so that the product is 8 again"
+    with pytest.raises(ValueError, match=told):
+        other.train(resume_from_checkpoint=str(halfway))
+    cut = trainer_of(folder, tmp_path / "cut", gradient_accumulation_steps=2, **settings)
+    cut.train(resume_from_checkpoint=str(halfway))
+    for name, one in guards(whole.model).items():
+        expected, found = one.displacement, guards(cut.model)[name].displacement
+        assert expected.norm() > 0
+        assert (found - expected).norm() < 1e-4 * expected.norm(), name
+
+
+def test_samples_ordered_by_length_need_the_number_of_processes_that_began(tiny_folder, tmp_path):
+    """Such samplers look at what one process takes, so another number would see other samples."""
+    written = {"effective_batch": 8, "per_device_batch": 4, "accumulation": 1, "world_size": 2}
+    (tmp_path / "batch.json").write_text(json.dumps(written))
+    settings = {"per_device_train_batch_size": 8, "use_cpu": True}
+    checkpoint.check_batch(TrainingArguments("unused", **settings), tmp_path)
+    by_length = TrainingArguments("unused", train_sampling_strategy="group_by_length", **settings)
+    with pytest.raises(ValueError, match="made by 2 processes.*Launch 2 processes"):
+        checkpoint.check_batch(by_length, tmp_path)
 
 
 @pytest.mark.parametrize("kill_at", [3, 5])

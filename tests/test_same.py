@@ -1,5 +1,6 @@
 """SAME: what each setting lets move, what the published rule does instead, and what it bounds."""
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from mllm_cl import Memory, routers
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.drift.covariance import CovarianceTracker
 from mllm_cl.drift.factors import low_rank_moment
+from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.drift.subspace import Spectrum, spectrum
 from mllm_cl.methods.instruction.same import Same
 from mllm_cl.model import adapt
@@ -237,7 +239,7 @@ def test_ours_keeps_two_experts_or_more_and_its_routers_learn(tiny_folder):
 def test_the_next_task_starts_with_no_expert_at_rest(tiny_folder):
     model, memory, _, _ = two_tasks.__wrapped__(tiny_folder["llava"], Same(**FEW), steps=1)
     assert any(moe.active is not None for moe in adapt.resting_experts(model).values())
-    Same(**FEW, activation="off").before_task(model, toy_tasks()[0], memory)
+    Same(**FEW, activation="none").before_task(model, toy_tasks()[0], memory)
     assert all(moe.active is None for moe in adapt.resting_experts(model).values())
     assert all(one.active_E is None for one in guards(model).values())
 
@@ -340,8 +342,8 @@ def test_a_dense_model_without_routers_is_taken_when_routers_are_set_aside(tiny_
 
 
 def test_the_released_rule_runs_in_one_process_only():
-    assert Same(activation="released").engines == ("single",)
-    assert "zero3" in Same().engines and "zero3" in Same.engines
+    assert Same(activation="released").runs_on == ("single",)
+    assert "zero3" in Same().runs_on
 
 
 def test_a_module_that_the_data_do_not_reach_is_named(tiny_folder):
@@ -353,3 +355,63 @@ def test_a_module_that_the_data_do_not_reach_is_named(tiny_folder):
     task = Task("words", 1, samples, samples, max)
     with pytest.raises(ValueError, match=r"no token of the task's data reached .*vision_tower"):
         learn(model, folder, method, task, memory)
+
+
+# --- revision -------------------------------------------------------------------------------------
+
+
+def test_what_a_task_supersedes_is_left_unprotected_and_the_rest_is_not(tiny_folder):
+    folder, (first, second) = tiny_folder["qwen3-vl-moe"], toy_tasks()
+    method = Same(**WHOLE | {"calibration_tokens": 10**6}, damping=0.1)
+    model, memory = load(folder), Memory()
+    for task in (first, second):
+        learn(model, folder, method, task, memory)
+    old = {path: moment(memory, path) for path in routers(model)}
+    share = {path: tokens_of(memory, "colour", path) for path in routers(model)}
+    revised = dataclasses.replace(first, name="colour_revised", index=3, supersedes="colour")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    displaced = {name: one.displacement.clone() for name, one in guards(model).items()}
+    learn(model, folder, method, revised, memory, steps=1)
+    incoming = load(folder)
+    method.before_task(incoming, revised, Memory())
+    incoming.load_state_dict(state)
+    for name, one in guards(incoming).items():
+        one.displacement = displaced[name]
+    batch = ChatCollator(AutoProcessor.from_pretrained(folder))(list(first.train))
+    seen = {}
+    for path, router in routers(incoming).items():
+        router.register_forward_hook(lambda m, args, out, path=path: seen.update({path: args[0]}))
+    logits(incoming, batch)
+    real = batch["attention_mask"].flatten().bool()
+    for path in routers(model):
+        now = seen[path].flatten(0, -2).double()[real]
+        left = old[path] - share[path] * now.T @ now / len(now)
+        value, vector = torch.linalg.eigh(left)
+        left = (vector * value.clamp_min(0)) @ vector.T
+        task = now.T @ now / len(now)
+        confined = DriftGuard.confine(task, energy=0.99)
+        after, before = (
+            DriftGuard.compose(confined, DriftGuard.forbid(past, energy=0.99))
+            for past in (left, old[path])
+        )
+        found = installed_on(model.get_submodule(path))["weight"].g
+        open_to = [float(torch.trace(g(g(task).T).double())) for g in (found, after, before)]
+        assert open_to[0] == pytest.approx(open_to[1], rel=0.02)
+        assert open_to[0] > 3 * open_to[2]
+
+
+def tokens_of(memory: Memory, task: str, path: str) -> float:
+    """The share of the tokens behind the moment at `path` that `task` put in."""
+    sources = sorted({name.rpartition("/")[0] for name in memory.under("same/moment")})
+    source = bytes(memory[f"same/source/{path}"].tolist()).decode()
+    own = memory[f"same/tokens/{task}"][sources.index(source)]
+    return float(own / memory[f"same/moment/{source}/count"])
+
+
+def test_a_task_can_only_supersede_what_the_memory_knows(tiny_folder):
+    folder, (first, second) = tiny_folder["qwen3-vl-moe"], toy_tasks()
+    model, memory = load(folder), Memory()
+    learn(model, folder, Same(**WHOLE), first, memory, steps=1)
+    revised = dataclasses.replace(second, supersedes="shapes")
+    with pytest.raises(ValueError, match="'shapes'.*it knows colour"):
+        learn(model, folder, Same(**WHOLE), revised, memory, steps=1)

@@ -15,6 +15,7 @@ from mllm_cl.drift.subspace import (
     spectrum,
     subspace_overlap,
     trajectory,
+    without,
 )
 
 few = settings(max_examples=25, deadline=None)
@@ -174,3 +175,26 @@ def test_the_trajectory_is_the_energy_of_each_task_in_the_directions_of_each_oth
                 float(found[s, t]), rel=1e-6
             )
     assert torch.allclose(found.diagonal(), torch.ones(3).double())
+
+
+@few
+@given(dim=st.integers(2, 20), seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_taking_a_part_away_leaves_the_positive_part_of_the_difference(dim, seed, share):
+    c, part = covariance(dim, seed), covariance(dim, seed + 1)
+    value_D, vector_DD = np.linalg.eigh((c - share * part).numpy())
+    expected = torch.from_numpy((vector_DD * value_D.clip(0)) @ vector_DD.T)
+    left = without(spectrum(c), spectrum(part), share)
+    assert torch.allclose(rebuild(left), expected, rtol=0, atol=1e-9 * float(c.abs().max()))
+    assert torch.allclose(left.trace, torch.einsum("dd->", expected), atol=1e-9 * float(c.trace()))
+
+
+def test_what_a_task_put_into_a_sum_can_be_taken_out_again():
+    old, other = covariance(12, 0, rank=4), covariance(12, 1, rank=5)
+    left = without(spectrum(0.4 * old + 0.6 * other), spectrum(old), 0.4)
+    assert torch.allclose(rebuild(left), 0.6 * other, rtol=0, atol=1e-10)
+    assert float(without(spectrum(old), spectrum(old), 1.0).trace) < 1e-10 * float(old.trace())
+
+
+def test_truncated_spectra_lose_no_trace():
+    c, part = spectrum(covariance(12, 0)).truncate(4), spectrum(covariance(12, 1)).truncate(4)
+    assert torch.allclose(without(c, part, 0.0).trace, c.trace)

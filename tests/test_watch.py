@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from families import inputs as text
 from families import llava, qwen3_vl_moe
-from mllm_cl.model.anatomy import linears, routers
+from mllm_cl.model.anatomy import routers
+from mllm_cl.model.linears import linears
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import guard
 from mllm_cl.model.watch import Watch, evaluating, measure, routing

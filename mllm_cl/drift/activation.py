@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mllm_cl.drift.covariance import recomputing
+
 
 class ExpertUsage:
     """The sums behind each expert's utilisation, mean w_te, and importance, mean w_te ||x_t||^2."""
@@ -29,8 +31,7 @@ class ExpertUsage:
         The weights are those before any expert is masked. Tokens outside the mask, and those that
         are not finite, do not count. Nothing is added during a recompute.
         """
-        # Activation checkpointing runs this forward a second time, inside backward.
-        if torch._C._current_graph_task_id() != -1:
+        if recomputing():
             return
         num_experts = len(self._weight_E)
         if weight_TE.shape != (*input_TD.shape[:-1], num_experts):

@@ -17,6 +17,20 @@ from torch import Tensor
 from mllm_cl.drift.subspace import Spectrum, spectrum, symmetric_eigen
 
 
+def recomputing() -> bool:
+    """Whether activation checkpointing runs a forward again, which happens inside backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def sketch_width(dim: int, rank: int | None) -> int:
+    """S, the columns that are kept of a second moment (D, D) whose `rank` leading directions count.
+
+    S near 2 K bounds the expected error of the rank-K Nystrom approximation by about twice the
+    optimum in the trace norm (arXiv:1706.05736, thm 4.1); the factor is ours.
+    """
+    return dim if rank is None else min(dim, rank + max(rank, 8))
+
+
 class CovarianceTracker:
     """The sums behind C @ Omega, tr C and the count of what enters a module, or each expert.
 
@@ -34,9 +48,7 @@ class CovarianceTracker:
                 f"dim, rank, num_experts must be positive, found {dim}, {rank}, {num_experts}."
             )
         self.dim, self.rank, self.num_experts, self.seed = dim, rank, num_experts, seed
-        # ours: S near 2 K bounds the expected error of the rank-K Nystrom approximation by about
-        # twice the optimum in the trace norm (arXiv:1706.05736, thm 4.1).
-        width = dim if rank is None else min(dim, rank + max(rank, 8))
+        width = sketch_width(dim, rank)
         self._omega_DS = None if width == dim else gaussian(dim, width, seed)
         lead = () if num_experts is None else (num_experts,)
         self._product_DS = torch.zeros(*lead, dim, width)
@@ -65,8 +77,7 @@ class CovarianceTracker:
         counted. Nothing is added while activation checkpointing recomputes a forward. No transfer
         to the host takes place.
         """
-        # A recompute runs inside backward; counting it would count those tokens twice.
-        if torch._C._current_graph_task_id() != -1:
+        if recomputing():  # those tokens have been counted
             return
         self._check(input_TD, mask_T, weight_TE)
         self._move(input_TD.device)

@@ -176,6 +176,34 @@ def merge_spectra(
     )
 
 
+def without(c: Spectrum, part: Spectrum, share: Tensor | float) -> Spectrum:
+    """The eigenpairs of the positive part of C - share * P: what is left of old inputs when some no
+    longer count. `share` (...) is the share of C's tokens that P stands for, in [0, 1].
+
+    Exact if both spectra are complete. P may have been measured later than C and need not lie below
+    it: directions where it is larger count as unused.
+    """
+    share = torch.as_tensor(share, dtype=torch.float64, device=c.trace.device)
+    both = torch.cat([c.basis_DK.double(), part.basis_DK.double()], dim=-1)
+    basis_DJ = torch.linalg.qr(both)[0]
+    value_J, vector_JJ = symmetric_eigen(
+        _seen_from(basis_DJ, c) - share[..., None, None] * _seen_from(basis_DJ, part)
+    )
+    value_J = value_J.clamp_min(0)
+    dtype = c.basis_DK.dtype
+    # What neither kept is in the traces only.
+    tail = (c.trace.double() - c.eigenvalue_K.double().sum(-1)).clamp_min(0) * (1 - share)
+    return Spectrum(
+        (basis_DJ @ vector_JJ).to(dtype), value_J.to(dtype), (value_J.sum(-1) + tail).to(dtype)
+    )
+
+
+def _seen_from(basis_DJ: Tensor, c: Spectrum) -> Tensor:
+    """Q^T C Q, of what a spectrum kept of C."""
+    inner_JK = basis_DJ.mT @ c.basis_DK.double()
+    return (inner_JK * c.eigenvalue_K.double().unsqueeze(-2)) @ inner_JK.mT
+
+
 def energy_inside(basis_DK: Tensor, c: Spectrum | Tensor) -> Tensor:
     """tr(U^T C U) / tr C, the share of the inputs' energy in the span of U; 0 if C is 0.
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mllm_cl.model import anatomy
+from mllm_cl.model.anatomy import routers
+from mllm_cl.model.linears import linears
 from mllm_cl.model.moe_lora import MoELoRA, attach_moe_lora
 from mllm_cl.model.surgery import installed_on
 
@@ -47,7 +48,7 @@ def router_sites(model: nn.Module) -> list[Site]:
     """The native routers of a sparse model; empty for a dense one."""
     return [
         Site(path, module, "weight", "router", path, native=True)
-        for path, module in anatomy.routers(model).items()
+        for path, module in routers(model).items()
     ]
 
 
@@ -55,7 +56,7 @@ def weight_sites(model: nn.Module, patterns: Sequence[str] | str) -> list[Site]:
     """The weights of the linears that `patterns` match, to be trained whole."""
     return [
         Site(path, module, "weight", "weight", path)
-        for path, module in anatomy.linears(model, patterns).items()
+        for path, module in linears(model, patterns).items()
     ]
 
 
@@ -78,7 +79,7 @@ def lora_sites(
         path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
     }
     if not present:
-        targets = list(anatomy.linears(model, patterns))
+        targets = list(linears(model, patterns))
         _inject_lora(model, targets, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
         present = {
             path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)
@@ -120,9 +121,9 @@ def moe_lora_sites(
         path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)
     }
     if not present:
-        linears = anatomy.linears(model, patterns)
+        targets = linears(model, patterns)
         attach_moe_lora(
-            model, linears, num_experts=num_experts, rank=rank, alpha=alpha, top_k=top_k, seed=seed
+            model, targets, num_experts=num_experts, rank=rank, alpha=alpha, top_k=top_k, seed=seed
         )
         present = {
             path: module for path, module in model.named_modules() if isinstance(module, MoELoRA)

@@ -17,6 +17,7 @@ class ModelSettings(Protocol):
 
     model_name_or_path: str
     model_revision: str | None
+    adapter_name_or_path: str | None
     dtype: str
     attn_implementation: str | None
     trust_remote_code: bool
@@ -38,23 +39,52 @@ def location(name: str) -> str:
 def load_model(settings: ModelSettings) -> nn.Module:
     """The model with its weights, by `from_pretrained` on any hub id or folder.
 
-    Vision-language models open as such, text-only ones as causal language models.
+    Vision-language models open as such, text-only ones as causal language models. An adapter joins
+    the weights: what it knows is then part of the base.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     where, common = location(settings.model_name_or_path), _common(settings)
-    config = AutoConfig.from_pretrained(where, **common)
-    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    config, auto = _config(settings)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, **common}
     if settings.attn_implementation is not None:
         kwargs["attn_implementation"] = settings.attn_implementation
-    with engine.unsharded_loading() if _transposes(config.model_type) else nullcontext():
+    adapter = settings.adapter_name_or_path
+    whole = adapter is not None or _transposes(config.model_type)
+    with engine.unsharded_loading() if whole else nullcontext():
         model = auto.from_pretrained(where, **kwargs)
+        if adapter is not None:
+            model = _joined(model, adapter)
     model.config.use_cache = False
     return model
+
+
+def _joined(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with a PEFT adapter merged into its weights."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{adapter} is no PEFT adapter of this model: {error}") from error
+
+
+def empty_model(settings: ModelSettings) -> nn.Module:
+    """The model on the meta device: every shape, no weights; only its config is read."""
+    config, auto = _config(settings)
+    dtype = config.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def _config(settings: ModelSettings):
+    """The config, and the class that opens such models."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    where = location(settings.model_name_or_path)
+    config = AutoConfig.from_pretrained(where, **_common(settings))
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return config, AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _transposes(model_type: str) -> bool:

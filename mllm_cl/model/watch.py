@@ -12,12 +12,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage
-from mllm_cl.drift.covariance import CovarianceTracker
-from mllm_cl.model import anatomy
+from mllm_cl.drift.covariance import CovarianceTracker, recomputing
+from mllm_cl.model.anatomy import logits
+from mllm_cl.model.linears import vision_names
 from mllm_cl.model.surgery import installed_on
+from mllm_cl.model.tower import guard_picture
 
 # Above this width a full second moment costs more memory than it is worth: 64 MiB at 4096.
 FULL_BELOW = 1024
+
+
+def kept_rank(dim: int, rank: int) -> int | None:
+    """The rank of the sketch that inputs of width `dim` get; None: their full moment is kept."""
+    return None if dim < FULL_BELOW else rank
 
 
 class Watch:
@@ -43,7 +50,8 @@ class Watch:
         self.trackers: dict[str, CovarianceTracker] = {}
         self.use: dict[str, ExpertUsage] = {}
         self.source_of: dict[str, str] = {}
-        self._watched, self._unmasked = sorted(modules), anatomy.vision_names(model)
+        self._watched, self._unmasked = sorted(modules), vision_names(model)
+        self._guard_picture = guard_picture(model)
         self._forwards, self._mask = 0, None
         self._seen: dict[tuple, tuple[StorageWeakRef, str]] = {}
         self._handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
@@ -104,8 +112,7 @@ class Watch:
     def _join(self, path: str, keeper: str, dim: int) -> None:
         self.source_of[path] = keeper
         if keeper not in self.trackers:
-            rank = None if dim < FULL_BELOW else self.rank
-            self.trackers[keeper] = CovarianceTracker(dim, rank=rank)
+            self.trackers[keeper] = CovarianceTracker(dim, rank=kept_rank(dim, self.rank))
 
     def _num_tokens(self, path: str) -> float:
         return float(self.trackers[self.source_of[path]].count) if path in self.source_of else 0.0
@@ -115,13 +122,18 @@ class Watch:
         self._on = self._forwards % self.every == 0
         self._forwards += 1
 
+    def _counts(self) -> bool:
+        """Whether what a module is handed now is data: no recomputation, no guard picture."""
+        shown = self._guard_picture is not None and self._guard_picture.shown
+        return self._on and not shown and not recomputing()
+
     def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
         self._mask = None
         self._seen.clear()
 
     def _input_hook(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
-            if self._on and not recomputing():
+            if self._counts():
                 self._count(path, args[0])
 
         return hook
@@ -153,7 +165,7 @@ class Watch:
 
     def _router_hook(self, path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
-            if self._on and not recomputing():
+            if self._counts():
                 input_TD = args[0].detach().reshape(-1, args[0].shape[-1])
                 weight_TE = router_logits(router, input_TD).softmax(-1)
                 self.use[path].update(weight_TE, input_TD, mask_T=self._mask_for(path, input_TD))
@@ -161,15 +173,10 @@ class Watch:
         return hook
 
 
-def recomputing() -> bool:
-    """Whether activation checkpointing runs a forward again, which happens inside backward."""
-    return torch._C._current_graph_task_id() != -1
-
-
 @torch.no_grad()
 def router_logits(router: nn.Module, input_TD: Tensor) -> Tensor:
     """The logits (T, E) of a router whose forward has just run, with what its guard adds."""
-    logits_TE = anatomy.logits(router, input_TD)
+    logits_TE = logits(router, input_TD)
     one = installed_on(router).get("weight")
     if one is None:
         return logits_TE
@@ -214,12 +221,18 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> object:
 def routing(
     model: nn.Module, routers: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The routing probabilities (T, E) of every router on the batches' real tokens, on the CPU."""
+    """The routing probabilities (T, E) of every router on the batches' real tokens, on the CPU.
+
+    Routers that no token reached, as a vision tower's where no batch has a picture, are absent.
+    """
     found: dict[str, list[Tensor]] = {path: [] for path in routers}
     masks: list[Tensor] = []
+    guard = guard_picture(model)
 
     def keep(path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
+            if guard is not None and guard.shown:
+                return
             probability_TE = router_logits(router, args[0]).softmax(-1)
             mask_T = masks[-1].reshape(-1).bool()
             real = mask_T if mask_T.numel() == probability_TE.shape[0] else slice(None)
@@ -238,4 +251,4 @@ def routing(
     finally:
         for handle in handles:
             handle.remove()
-    return {path: torch.cat(parts) for path, parts in found.items()}
+    return {path: torch.cat(parts) for path, parts in found.items() if parts}

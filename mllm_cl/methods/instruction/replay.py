@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from mllm_cl.memory import Memory
@@ -34,6 +35,12 @@ class Replay(Tuned):
         return ConcatDataset(
             [task.train, *[samples for samples, _ in kept for _ in range(self.repeats)]]
         )
+
+    def kept_bytes(self, memory: Memory) -> int:
+        return memory.num_bytes + int(memory.get("replay/bytes", torch.tensor(0)))
+
+    def forecast_bytes(self, model: nn.Module) -> int:
+        return self.buffer_bytes + 16
 
     def _keep(self, task: Task, budget: int) -> tuple[Sequence[Sample], int]:
         """The first samples of a seeded order that fit into `budget` bytes, and what they take."""

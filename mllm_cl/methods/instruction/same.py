@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage, ReleasedActivation, active_experts
-from mllm_cl.drift.covariance import CovarianceTracker
+from mllm_cl.drift.covariance import CovarianceTracker, recomputing, sketch_width
 from mllm_cl.drift.factors import low_rank_moment, slow_a_within, slow_b_within
 from mllm_cl.drift.guard import DriftGuard
-from mllm_cl.drift.subspace import Spectrum
+from mllm_cl.drift.subspace import Spectrum, without
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce, Tuned
 from mllm_cl.model.adapt import Site, rest, resting_experts, router_sites
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import Guard, advance, guard, installed_on, only_train
-from mllm_cl.model.watch import Watch, measure, recomputing
+from mllm_cl.model.watch import Watch, kept_rank, measure
 from mllm_cl.task import Task
 
 SLOWED = {"both": ("A", "B", "weight"), "a": ("A", "weight"), "none": ()}
@@ -47,7 +47,7 @@ class Same(Tuned):
     activation: experts that this task uses little and earlier ones needed rest: they answer as
         before, and do not move. `paper` decides once per task, from a pass over its data with the
         incoming router. `released` decides at every step as the published code does, whose resting
-        experts leave the routing too: it tends to one expert and a router without gradient. `off`
+        experts leave the routing too: it tends to one expert and a router without gradient. `none`
         lets all move.
     update: `coordinates` guards the displacement, `gradient` the gradient as the paper writes it,
         which AdamW undoes. This and `released` are kept for comparison.
@@ -60,12 +60,13 @@ class Same(Tuned):
     factors: Literal["both", "a", "none"] = "both"
     damping: float = 0.001  # measured: benchmarks/RESULTS.md
     budget: float | None = None
-    activation: Literal["paper", "released", "off"] = "paper"
+    activation: Literal["paper", "released", "none"] = "paper"
     activation_threshold: float = 0.1
     update: Literal["coordinates", "gradient"] = "coordinates"
     rank: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("forbid_energy", "confine_energy"):
             if not 0 < vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share in (0, 1], found {vars(self)[name]}")
@@ -84,9 +85,19 @@ class Same(Tuned):
                 f"budget bounds the drift of a whole expert, but 'factors: {self.factors}' leaves "
                 "a part of it free. Set 'factors: both', or leave budget out."
             )
-        if self.activation == "released":
-            # Its averages are one process's own: ranks would decide differently.
-            object.__setattr__(self, "engines", ("single",))
+
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        # The released averages are one process's own: ranks would decide differently.
+        return ("single",) if self.activation == "released" else self.engines
+
+    def forecast_bytes(self, model: nn.Module) -> int:
+        """The moment of every guarded input, as if no two modules shared one."""
+        met = [site for site in self._guarded(model) if site.role != "B"]
+        widths = {site.source: engine.shape(site.weight)[-1] for site in met}
+        return sum(
+            4 * dim * sketch_width(dim, kept_rank(dim, self.rank)) for dim in widths.values()
+        )
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put a guard on every weight that trains; what it allows is decided in `start_task`."""
@@ -97,6 +108,13 @@ class Same(Tuned):
                 continue
             one = guard(site.module, site.name, in_fp32=site.native)
             one.update = self.update
+        known, met = memory.under("same/source"), [site.source for site in self._guarded(model)]
+        if known and not any(path in known for path in met):
+            raise ValueError(
+                f"the memory was measured at other modules ({next(iter(known))} ...) than those "
+                f"that train ({met[0]} ...), so nothing would be protected. Measure again with "
+                "the settings of this run."
+            )
         rest(model)
         if self.activation == "released":
             for path, moe in resting_experts(model).items():
@@ -110,8 +128,7 @@ class Same(Tuned):
     ) -> None:
         """Measure the task's input with the incoming model and set what each guard allows."""
         watch = self._measure(model, batches, reduce)
-        history = {source: self._history(memory, source) for source in watch.trackers}
-        spectra = {source: past.spectrum() for source, past in history.items() if past}
+        spectra = self._past(watch, task, memory)
         for site in self._guarded(model):
             one, source = installed_on(site.module)[site.name], watch.source_of[site.source]
             past = spectra[source].to(one.displacement.device) if source in spectra else None
@@ -119,6 +136,31 @@ class Same(Tuned):
             one.move(one.displacement.device)
         if self.activation == "paper":
             self._rest(model, watch, memory)
+
+    def _past(self, watch: Watch, task: Task, memory: Memory) -> dict[str, Spectrum]:
+        """What earlier tasks fed each watched module, without a task that this one supersedes.
+
+        Only the answers of that one are wrong, so what it asked is what this task asks: its part
+        is the task's own moment, of as many tokens as it put in.
+        """
+        history = {source: self._history(memory, source) for source in watch.trackers}
+        spectra = {source: past.spectrum() for source, past in history.items() if past}
+        if task.supersedes is None:
+            return spectra
+        for source, tokens in self._tokens(memory, task.supersedes, watch).items():
+            share = (tokens / history[source].count).clamp_max(1)
+            spectra[source] = without(spectra[source], watch.trackers[source].spectrum(), share)
+        return spectra
+
+    def _tokens(self, memory: Memory, name: str, watch: Watch) -> dict[str, Tensor]:
+        """How many tokens task `name` put into the history of each watched module."""
+        known = memory.get(f"same/tokens/{name}")
+        if known is None:
+            raise ValueError(
+                f"the task supersedes {name!r}, of which the memory knows nothing; it knows "
+                f"{', '.join(memory.under('same/tokens')) or 'no task'}"
+            )
+        return dict(zip(sorted(watch.trackers), known, strict=True))
 
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
@@ -130,6 +172,8 @@ class Same(Tuned):
         past = {source: self._history(memory, source) for source in watch.trackers}
         for path, source in watch.source_of.items():
             memory[f"same/source/{path}"] = _text(source)
+        counts = [watch.trackers[source].count for source in sorted(watch.trackers)]
+        memory[f"same/tokens/{task.name}"] = torch.stack(counts)
         for source, tracker in watch.trackers.items():
             if past[source] is not None:
                 tracker.merge(past[source])

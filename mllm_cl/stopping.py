@@ -1,0 +1,60 @@
+"""SIGTERM, as schedulers send it before they take a machine away: save, leave, and be run again."""
+
+import signal
+from types import FrameType
+
+from transformers import TrainerCallback
+
+from mllm_cl import engine
+
+
+class Stopped(BaseException):
+    """A run has left because it was asked to; the same command goes on where it was."""
+
+
+class Stopping:
+    """Listens for SIGTERM while it is open.
+
+    During a task's steps the signal waits for the end of the step, whose checkpoint is written
+    first. Everywhere else `Stopped` is raised on the spot: a stage that is not done starts from its
+    newest checkpoint, and tasks that were answered are not asked again.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.waits = False, False
+
+    def __enter__(self) -> "Stopping":
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self.waits:
+            raise Stopped
+
+
+class SaveAndStop(TrainerCallback):
+    """Ends training after the step in which any process was asked to stop, with a checkpoint."""
+
+    def __init__(self, stopping: Stopping) -> None:
+        self.stopping, self.leaving = stopping, False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.stopping.waits = True
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # All have to leave after the same step: they save together.
+        self.leaving = engine.any_rank(self.stopping.asked)
+        control.should_save |= self.leaving
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.leaving:
+            raise Stopped
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stopping.waits = False
+        if engine.any_rank(self.stopping.asked):
+            raise Stopped
