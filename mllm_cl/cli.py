@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help=RUN_HELP)
     data.set_defaults(call=_data)
 
+    health = commands.add_parser(
+        "doctor",
+        help="say what is installed, what runs here, and what does not go together",
+        allow_abbrev=False,
+    )
+    health.add_argument("recipe", metavar="RECIPE", nargs="?", help="open its model and data too")
+    health.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help=RUN_HELP)
+    health.set_defaults(call=_doctor)
+
     names = commands.add_parser("list", help="name what there is")
     names.add_argument("what", choices=("methods", "tasks"))
     names.set_defaults(call=_list)
@@ -192,6 +201,14 @@ def _data(arguments: argparse.Namespace) -> int:
     from mllm_cl.model.load import load_processor
 
     return check(recipe, load_processor(recipe.model))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mllm_cl.doctor import doctor
+    from mllm_cl.recipe import Recipe
+
+    named = arguments.recipe is not None
+    return doctor(Recipe.load(arguments.recipe, arguments.overrides) if named else None)
 
 
 def _list(arguments: argparse.Namespace) -> int:

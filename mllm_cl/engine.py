@@ -150,6 +150,22 @@ def full(parameter: Tensor) -> Tensor:
     return parameter.detach().clone()
 
 
+def local(parameter: Tensor) -> Tensor | None:
+    """What this process keeps of a parameter or gradient, of the fp32 master if there is one; None
+    where it keeps nothing. Not collective.
+    """
+    if _is_zero3(parameter):
+        if "_z3_optimizer" not in vars(parameter):
+            return vars(parameter)["ds_tensor"]
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return safe_get_local_fp32_param(parameter)
+    if _is_zero(parameter):
+        mapping = parameter._hp_mapping
+        return None if mapping is None else mapping.hp_fragment
+    return parameter.to_local() if _is_dtensor(parameter) else parameter
+
+
 @torch.no_grad()
 def write(parameter: Tensor, value: Tensor) -> None:
     """Set the whole parameter, its shards and its fp32 master, to `value`. Collective."""

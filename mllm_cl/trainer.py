@@ -22,6 +22,7 @@ from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
 from mllm_cl.model.tower import show_guard_picture
 from mllm_cl.task import Sample, Task
+from mllm_cl.truth import Truth
 
 
 @cache
@@ -68,6 +69,8 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             widen(self.model)
             engine.make_ready(self.accelerator, self.model)
             _guard_tower(self.model, self.data_collator, self.processing_class)
+            self.truth = Truth(self)
+            self.add_callback(self.truth)
 
         def bare_model(self) -> nn.Module:
             """The model inside the engine's wrappers: hooks and guards live on it."""
@@ -144,6 +147,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             checkpoint.save(self, Path(self._get_output_dir(trial=trial)))
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.truth.look(inputs)
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )

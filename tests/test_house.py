@@ -145,7 +145,7 @@ def test_the_commands_are_these():
         for node in called
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_parser"
     ]
-    assert sorted(commands) == ["data", "list", "measure", "report", "run"]
+    assert sorted(commands) == ["data", "doctor", "list", "measure", "report", "run"]
 
 
 MINIMAL = """

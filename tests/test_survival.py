@@ -28,6 +28,8 @@ def survive(folder: Path, model: Path, signal: str, lives: int, seed: int) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.engines
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("signal", "code"), [("SIGKILL", -9), ("SIGTERM", 3)])
 @pytest.mark.parametrize("model", ["qwen3-vl-moe", "llava"])
 def test_a_run_cut_off_at_random_moments_ends_bit_equal(tiny_folder, tmp_path, signal, code, model):
