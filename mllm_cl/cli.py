@@ -111,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from mllm_cl.stopping import Stopped, Stopping
+
+    try:
+        with Stopping() as stopping:  # from the first moment: what follows takes seconds to import
+            return _do(arguments, stopping)
+    except Stopped:
+        _tell("stopped as asked; the same command goes on where this one was")
+        return 3
+
+
+def _do(arguments: argparse.Namespace, stopping) -> int:
     from mllm_cl.recipe import Recipe, RecipeError
     from mllm_cl.sweep import cells, chosen, split_sweep
 
@@ -123,7 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if value is not None and not needed:
             raise RecipeError(name, f"goes with --{'dry-run' if name == 'launch' else 'sweep'}")
     if axes:
-        return _train([one.recipe for one in chosen(cells(arguments.recipe, words, axes), cell)])
+        found = chosen(cells(arguments.recipe, words, axes), cell)
+        return _train([one.recipe for one in found], stopping)
     recipe = Recipe.load(arguments.recipe, words)
     if dry:
         for note in recipe.notes:
@@ -132,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         tell(forecast(recipe, Launch.read(launch) if launch else Launch()))
         return 0
-    return _train([recipe])
+    return _train([recipe], stopping)
 
 
 def _taken(words: list[str], name: str) -> tuple[list[str], str | None]:
@@ -146,22 +158,16 @@ def _taken(words: list[str], name: str) -> tuple[list[str], str | None]:
     return words, None
 
 
-def _train(recipes: list) -> int:
-    """Run recipes in turn; what is done is not done again, and SIGTERM leaves the rest."""
+def _train(recipes: list, stopping) -> int:
+    """Run recipes in turn; what is done is not done again."""
     from mllm_cl.runner import run
-    from mllm_cl.stopping import Stopped, Stopping
 
-    try:
-        with Stopping() as stopping:
-            for number, recipe in enumerate(recipes):
-                for note in recipe.notes:
-                    _tell(note)
-                if len(recipes) > 1:
-                    _tell(f"{number + 1}/{len(recipes)} {recipe.output_dir}")
-                run(recipe, stopping)
-    except Stopped:
-        _tell("stopped as asked; the same command goes on where this one was")
-        return 3
+    for number, recipe in enumerate(recipes):
+        for note in recipe.notes:
+            _tell(note)
+        if len(recipes) > 1:
+            _tell(f"{number + 1}/{len(recipes)} {recipe.output_dir}")
+        run(recipe, stopping)
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mllm_cl import checkpoint, drifts, engine, record, tracking
 from mllm_cl.cost import Cost
@@ -33,7 +33,7 @@ from mllm_cl.model.surgery import restore_state, trained_state
 from mllm_cl.progress import Progress, digest, unfinished
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.report import draw, show
-from mllm_cl.stopping import SaveAndStop, Stopping
+from mllm_cl.stopping import Stopped, Stopping
 from mllm_cl.task import Sample, Task, TaskSequence
 from mllm_cl.trainer import check_engine, continual
 
@@ -142,7 +142,7 @@ def _step(
     )
     trainer, base = _trainer(recipe, sequence, stage, path, memory)
     if stopping is not None:
-        trainer.add_callback(SaveAndStop(stopping))
+        trainer.add_callback(_SaveAndStop(stopping))
     if before:  # stage 0 trained nothing
         record.tell_other_batch(folder, before, trainer.args)
     processor = trainer.data_collator.processor
@@ -220,6 +220,30 @@ def _trainer(
     if not sys.stderr.isatty():
         trainer.remove_callback(PrinterCallback)  # log.json keeps what it would print
     return trainer, base
+
+
+class _SaveAndStop(TrainerCallback):
+    """Ends training after the step in which any process was asked to stop, with a checkpoint."""
+
+    def __init__(self, stopping: Stopping) -> None:
+        self.stopping, self.leaving = stopping, False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.stopping.waits = True
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # All have to leave after the same step: they save together.
+        self.leaving = engine.any_rank(self.stopping.asked)
+        control.should_save |= self.leaving
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.leaving:
+            raise Stopped
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stopping.waits = False
+        if engine.any_rank(self.stopping.asked):
+            raise Stopped
 
 
 def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:

@@ -3,10 +3,6 @@
 import signal
 from types import FrameType
 
-from transformers import TrainerCallback
-
-from mllm_cl import engine
-
 
 class Stopped(BaseException):
     """A run has left because it was asked to; the same command goes on where it was."""
@@ -33,28 +29,4 @@ class Stopping:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if not self.waits:
-            raise Stopped
-
-
-class SaveAndStop(TrainerCallback):
-    """Ends training after the step in which any process was asked to stop, with a checkpoint."""
-
-    def __init__(self, stopping: Stopping) -> None:
-        self.stopping, self.leaving = stopping, False
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.stopping.waits = True
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        # All have to leave after the same step: they save together.
-        self.leaving = engine.any_rank(self.stopping.asked)
-        control.should_save |= self.leaving
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if self.leaving:
-            raise Stopped
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.stopping.waits = False
-        if engine.any_rank(self.stopping.asked):
             raise Stopped

@@ -37,7 +37,8 @@ def test_a_run_cut_off_at_random_moments_ends_bit_equal(tiny_folder, tmp_path, s
     whole, wanted = told["whole"]
     assert whole == 0 and wanted
     cuts = [one for codes, _ in told["lives"] for one in codes[:-1]]
-    assert cuts and set(cuts) == {code}
+    # Before the command listens, a signal is a signal.
+    assert code in cuts and set(cuts) <= {code, -15}
     for codes, found in told["lives"]:
         assert codes[-1] == 0 and found == wanted
 

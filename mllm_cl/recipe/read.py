@@ -8,6 +8,8 @@ import yaml
 
 from mllm_cl.recipe.errors import RecipeError, dotted, nearest, shown
 
+DEEPEST = 50  # levels; the time that PyYAML takes grows with their square
+
 
 def read_file(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. RecipeError says why it holds none."""
@@ -29,7 +31,12 @@ def read_file(path: Path) -> dict[str, Any]:
 def parse(text: str, key: str) -> Any:
     """YAML without its surprises: no alias, no key twice, no key that is not text."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise RecipeError(key, "is nested too deeply")
             if isinstance(event, yaml.AliasEvent):
                 problem = f"found the alias *{event.anchor}, expected values written out"
                 raise RecipeError(key, problem)
@@ -40,6 +47,14 @@ def parse(text: str, key: str) -> Any:
         raise RecipeError(key, f"is not YAML: {error.problem or error.context}{where}") from None
     except RecursionError:
         raise RecipeError(key, "is nested too deeply") from None
+    except (
+        KeyError,
+        AttributeError,
+        IndexError,
+    ):  # PyYAML at `!!bool x`, `!!timestamp x`, `!!int ""`
+        raise RecipeError(
+            key, "is not YAML: a value is not of the type that its tag says"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise

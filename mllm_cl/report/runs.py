@@ -163,7 +163,9 @@ def _scores_so_far(done: Mapping[int, Path]) -> dict[str, Any]:
     # What was scored but not yet learnt is still to come, in the order of the recipe.
     scored = (name for row in rows for name in row["scores"])
     tasks += [name for name in dict.fromkeys(scored) if name not in (*tasks, *retain)]
-    return table(tasks, retain, rows)
+    blocks = recipe.get("tasks", ())
+    replaced = {block["supersedes"]: block["name"] for block in blocks if block.get("supersedes")}
+    return table(tasks, retain, rows, replaced)
 
 
 def _row(file: Path) -> dict[str, Any]:
