@@ -230,7 +230,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
     for name, path in names().items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        print(f"{name:24}{path.parent.name:20}{text.split(chr(10))[0]}")
+        first = " ".join(text.split("\n\n")[0].split())
+        print(f"{name:24}{path.parent.name:20}{first}")
     return 0
 
 

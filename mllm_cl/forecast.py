@@ -40,9 +40,9 @@ class Launch:
             words = yaml.safe_load(path.read_text())
             kind, processes = words["distributed_type"], int(words.get("num_processes") or 1)
         except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise RecipeError(
-                "launch", f"{path} is no launch file of accelerate ({error!r})"
-            ) from None
+            reason = error.strerror if isinstance(error, OSError) else f"{error}"
+            problem = f"{path} is no launch file of accelerate: {reason}"
+            raise RecipeError("launch", problem) from None
         engine = _engine(str(kind), words, processes, path)
         return cls(engine, processes, str(words.get("mixed_precision") or "no"))
 

@@ -80,7 +80,7 @@ def measure(recipe: Recipe, path: Path) -> Memory:
         trainer.measure_task()
     if engine.rank() == 0:
         memory.save(path)
-        known = ", ".join(task.name for task in sequence.retain)
+        known = ", ".join(block.data for block in recipe.retain)
         print(f"{path}: {memory.num_bytes:,} bytes of {known} for {recipe.method_name}")
     engine.barrier()
     _release(trainer)
@@ -300,6 +300,8 @@ def _train(trainer, stage: int, path: Path) -> None:
             checkpoint.check_batch(trainer.args, Path(latest[0]))
         except ValueError as error:
             raise RecipeError("training", str(error)) from error
+        if engine.rank() == 0:
+            print(f"{trainer.task.name}: going on from {latest[0]}", flush=True)
     trainer.train(resume_from_checkpoint=latest[0] if latest else None)
 
 

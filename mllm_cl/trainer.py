@@ -148,22 +148,27 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             self.truth.look(inputs)
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            has_term = type(self.method).loss is not Method.loss
+            # Outputs that nobody reads are not asked for: TRL would make a second forward for them.
+            asks = return_outputs or has_term
+            found = super().compute_loss(
+                model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
             )
-            extra = self.method.loss(self.bare_model(), inputs, outputs, self.memory)
-            if (
-                extra is not None
-                and self.model_accepts_loss_kwargs
-                and num_items_in_batch is not None
-            ):
-                # The Trainer divides the task's loss by the tokens of the whole step, so a term per
-                # micro-batch
-                # has to be divided by their number.
-                extra = extra / self.current_gradient_accumulation_steps
-            loss = loss if extra is None else loss + extra
+            loss, outputs = found if asks else (found, None)
+            if has_term:
+                loss = loss + self._term(inputs, outputs, num_items_in_batch)
             self._refuse_no_number(loss)
             return (loss, outputs) if return_outputs else loss
+
+        def _term(self, inputs, outputs, num_items_in_batch) -> Tensor | float:
+            extra = self.method.loss(self.bare_model(), inputs, outputs, self.memory)
+            if extra is None:
+                return 0.0
+            if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                # The Trainer divides the task's loss by the tokens of the whole step, so a term per
+                # micro-batch has to be divided by their number.
+                return extra / self.current_gradient_accumulation_steps
+            return extra
 
         def _refuse_no_number(self, loss: Tensor) -> None:
             # Before backward: under DeepSpeed that takes the step, and a rank's NaN spreads to all.

@@ -66,7 +66,7 @@ def main() -> None:
         folder, codes = root / f"life-{life}", []
         while not codes or codes[-1] != 0:
             codes.append(
-                cut_off([recipe, "--output_dir", str(folder)], number, rng.uniform(0, 0.8 * took))
+                cut_off([recipe, "--output_dir", str(folder)], number, rng.uniform(0.1, 1.0) * took)
             )
             if codes[-1] not in (0, 3, -number):
                 break

@@ -208,6 +208,32 @@ def test_a_loop_is_handed_the_methods_term_of_the_loss(kind, tiny_folder):
     assert found == expected and (expected > 0) == (kind is Pulled)
 
 
+@pytest.mark.parametrize("kind", [Pulled, Tuned])
+def test_a_trainer_is_asked_for_outputs_only_by_a_method_that_reads_them(
+    kind, tiny_folder, tmp_path
+):
+    """TRL makes a second forward for them."""
+    asked = []
+
+    class Asked(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            asked.append(return_outputs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    (model, processor), task = load(tiny_folder["llava"]), tasks_of()[0]
+    own = {"remove_unused_columns": False, "use_cpu": True}
+    trainer = continual(Asked)(
+        model=model,
+        args=TrainingArguments(str(tmp_path), **SETTINGS | {"max_steps": 1}, **own),
+        train_dataset=task.train,
+        data_collator=ChatCollator(processor),
+        method=kind(lora_target_modules=("q_proj",)),
+        task=task,
+    )
+    trainer.train()
+    assert asked == [kind is Pulled]
+
+
 def sft_arguments(folder, **settings):
     from trl import SFTConfig
 

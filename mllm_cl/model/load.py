@@ -30,7 +30,8 @@ def location(name: str) -> str:
     folder = ASSETS / f"tiny-{name.removeprefix('toy:').replace('_', '-')}"
     if not folder.is_dir():
         known = ", ".join(
-            f"toy:{path.name.removeprefix('tiny-')}" for path in sorted(ASSETS.glob("tiny-*"))
+            f"toy:{path.name.removeprefix('tiny-').replace('-', '_')}"
+            for path in sorted(ASSETS.glob("tiny-*"))
         )
         raise ValueError(f"there is no {name}; the package has {known}")
     return str(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mllm_cl.metrics.answers import metric
-from mllm_cl.recipe.errors import RecipeError
+from mllm_cl.recipe.errors import RecipeError, nearest
 from mllm_cl.recipe.hints import Between, Count
 
 # adapter settings stand under `model`, as in TRL, and are read by the method that has such a field
@@ -129,5 +129,10 @@ def _must_exist(key: str, text: str) -> None:
     if not text or text == "toy:":
         raise RecipeError(key, f"found {text!r}, expected toy:NAME, a path or a name on the hub")
     path = text.startswith(("/", "./", "../", "~")) or text.endswith(ends)
+    # A name on the hub has a slash, too; where its first part is a folder here, a path was meant.
+    path = path or ("/" in text and ":" not in text and Path(text.partition("/")[0]).is_dir())
     if path and not Path(text).expanduser().exists():
-        raise RecipeError(key, f"found {text!r}, no such file or folder (from {Path.cwd()})")
+        folder = Path(text).expanduser().parent
+        beside = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []
+        problem = f"found {text!r}, no such file or folder (from {Path.cwd()})"
+        raise RecipeError(key, problem + nearest(text, beside))
