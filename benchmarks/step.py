@@ -11,8 +11,9 @@ import argparse
 import copy
 import json
 import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,22 +104,54 @@ def sources(variant: Variant) -> dict[str, nn.Module]:
     return {site.source: variant.model.get_submodule(site.source) for site in sites}
 
 
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """The most memory held during `run`: the device's count, or this process's high-water mark."""
+def batch_of(shape: Shape, device: str) -> dict[str, Tensor]:
+    tokens = torch.randint(0, 1024, (shape.batch, shape.tokens), device=device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def peak_bytes(name: str, shape: Shape, device: str, dtype: torch.dtype) -> int:
+    """The most memory that a method holds in its second task: the device's count, or what this
+    process grows by from before the model was built. For a process that does nothing else.
+    """
+    before = _most_resident()
+    variant = Variant(build(shape, device, dtype), name, batch_of(shape, device))
+    for _ in range(3):
+        variant.step()
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    run()
+    return _most_resident() - before
+
+
+def _most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peaks(shape: str, device: str, dtype: str) -> list[dict]:
+    """A row of peak memory per method, each measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step"]
+    command += ["--shape", shape, "--device", device, "--dtype", dtype]
+    found = {
+        name: int(subprocess.check_output([*command, "--peak", name]).split()[-1])
+        for name in ("moe_lora", "same")
+    }
+    return [
+        {
+            **timing.environment(device),
+            "benchmark": "step",
+            "dtype": dtype,
+            "variant": f"peak memory {name} ({peak / 2**20:.0f} MiB)",
+            "median_ms": 0,
+            "ratio": round(peak / found["moe_lora"], 3),
+        }
+        for name, peak in found.items()
+    ]
 
 
 def measure(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
     """The rows of all variants."""
     model = build(shape, device, dtype)
-    tokens = torch.randint(0, 1024, (shape.batch, shape.tokens), device=device)
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    batch = batch_of(shape, device)
     plain = Variant(copy.deepcopy(model), "moe_lora", batch)
     same = Variant(copy.deepcopy(model), "same", batch)
     tracked = Variant(model, "same", batch)
@@ -137,17 +170,6 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[
     found.append(
         {**context, "variant": "task boundary / task", "median_ms": 0, "ratio": round(share, 4)}
     )
-    if device == "cuda":
-        memory = {name: peak_bytes(run, device) for name, run in variants.items()}
-        for name, peak in memory.items():
-            found.append(
-                {
-                    **context,
-                    "variant": f"peak memory {name}",
-                    "ratio": peak / memory["moe_lora"],
-                    "median_ms": 0,
-                }
-            )
     return found
 
 
@@ -161,10 +183,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", help="append the rows to this file, one a line")
+    parser.add_argument("--peak", metavar="METHOD", help="only print the peak memory of a method")
     arguments = parser.parse_args()
-    found = measure(
-        SHAPES[arguments.shape], arguments.device, getattr(torch, arguments.dtype), arguments.rounds
-    )
+    shape, device, dtype = SHAPES[arguments.shape], arguments.device, arguments.dtype
+    if arguments.peak:
+        print(peak_bytes(arguments.peak, shape, device, getattr(torch, dtype)))
+        return
+    found = measure(shape, device, getattr(torch, dtype), arguments.rounds)
+    found += peaks(arguments.shape, device, dtype)
     print(
         timing.table(
             f"step, {arguments.shape}, {arguments.dtype}", found, ("variant", "median_ms", "ratio")
