@@ -20,6 +20,7 @@ from mllm_cl.data.survey import Survey, overlap, survey
 from mllm_cl.metrics.answers import metric
 from mllm_cl.task import Sample
 
+FEW = 50  # test rows below which a single answer decides a score: ours
 LISTED = 50  # bad rows of a split that are printed
 REPEATED = 4  # as many of the same token are shown as one and their number
 
@@ -145,6 +146,8 @@ def _answers(one: Looked, max_new_tokens: int) -> str:
     if cut:
         longest = max(test.answer_lengths) + 1
         said += f". {cut} need up to {longest} tokens, eval.max_new_tokens is {max_new_tokens}"
+    if len(test.answers) < FEW:
+        said += f". One of {len(test.answers)} rows is {1 / len(test.answers):.0%} of the score"
     return said
 
 
