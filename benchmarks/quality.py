@@ -14,18 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-# Two-sided 95 % points of Student's t for n - 1 degrees of freedom, n = 2, 3, …
-STUDENT = {
-    2: 12.71,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}
+from mllm_cl.report.interval import interval
+
 FIGURES = (
     "average",
     "newest",
@@ -79,13 +69,13 @@ def figures(output: Path) -> dict[str, float | None]:
     }
 
 
-def interval(values: list[float]) -> str:
-    """Mean ± half of the 95 % interval."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.3f} ± {STUDENT.get(len(values), 1.96) * deviation / math.sqrt(len(values)):.3f}"
+def told(values: list[float]) -> str:
+    """Mean ± half of the 95 % interval, where there are seeds enough for one."""
+    found = interval(values)
+    if found is None:
+        return "–"
+    half = "" if math.isnan(found.half) else f" ± {found.half:.3f}"
+    return f"{found.mean:.3f}{half}"
 
 
 def table(rows: list[dict]) -> str:
@@ -95,7 +85,7 @@ def table(rows: list[dict]) -> str:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         cells = [[row[name] for row in mine if row.get(name) is not None] for name in names]
-        texts = [interval(values) if values else "–" for values in cells]
+        texts = [told(values) for values in cells]
         lines.append(f"| {variant} | {len(mine)} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

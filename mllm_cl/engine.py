@@ -27,10 +27,10 @@ def name(accelerator: Accelerator) -> str:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        return _with_zero(stage, accelerator.num_processes)
+        return with_zero(stage, accelerator.num_processes)
     if kind == DistributedType.FSDP:
-        return _with_fsdp(accelerator.state.fsdp_plugin.fsdp_version)
-    return _with_zero(0, accelerator.num_processes)
+        return with_fsdp(accelerator.state.fsdp_plugin.fsdp_version)
+    return with_zero(0, accelerator.num_processes)
 
 
 def asked(arguments: "TrainingArguments") -> str:
@@ -40,19 +40,21 @@ def asked(arguments: "TrainingArguments") -> str:
     DeepSpeed file of its own.
     """
     if arguments.deepspeed_plugin is not None:
-        return _with_zero(arguments.deepspeed_plugin.zero_stage, arguments.world_size)
+        return with_zero(arguments.deepspeed_plugin.zero_stage, arguments.world_size)
     if arguments.fsdp_plugin_args is not None:
-        return _with_fsdp(arguments.fsdp_plugin_args["fsdp_version"])
+        return with_fsdp(arguments.fsdp_plugin_args["fsdp_version"])
     if _wants("ACCELERATE_USE_FSDP"):
-        return _with_fsdp(int(os.environ.get("FSDP_VERSION", "1")))
-    return _with_zero(0, arguments.world_size)
+        return with_fsdp(int(os.environ.get("FSDP_VERSION", "1")))
+    return with_zero(0, arguments.world_size)
 
 
-def _with_zero(stage: int, processes: int) -> str:
+def with_zero(stage: int, processes: int) -> str:
+    """The engine of a ZeRO stage; 0 is none."""
     return f"zero{stage}" if stage else "ddp" if processes > 1 else "single"
 
 
-def _with_fsdp(version: int) -> str:
+def with_fsdp(version: int) -> str:
+    """The engine of an FSDP version. ValueError for the first, whose parameters are no DTensors."""
     if version != 2:
         raise ValueError("FSDP version 1 was asked for; set 'fsdp_version: 2' in the launch file")
     return "fsdp2"

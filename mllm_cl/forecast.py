@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from mllm_cl import engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.memory import Memory
 from mllm_cl.model import anatomy
@@ -37,14 +38,14 @@ class Launch:
         """The launch that a file asks for. RecipeError where it asks for none that we know."""
         path = Path(path)
         try:
-            words = yaml.safe_load(path.read_text())
-            kind, processes = words["distributed_type"], int(words.get("num_processes") or 1)
+            words = dict(yaml.safe_load(path.read_text()))
+            processes = int(words.get("num_processes") or 1)
+            used = _engine(words, processes, path)
         except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{error}"
             problem = f"{path} is no launch file of accelerate: {reason}"
             raise RecipeError("launch", problem) from None
-        engine = _engine(str(kind), words, processes, path)
-        return cls(engine, processes, str(words.get("mixed_precision") or "no"))
+        return cls(used, processes, str(words.get("mixed_precision") or "no"))
 
     def shards(self, what: str) -> int:
         """Over how many processes `weights`, `gradients` or `moments` are cut."""
@@ -56,16 +57,18 @@ class Launch:
         return self.num_processes if self.engine in cut[what] else 1
 
 
-def _engine(kind: str, words: Mapping[str, Any], processes: int, path: Path) -> str:
-    if kind == "DEEPSPEED":
-        settings = words.get("deepspeed_config") or {}
-        if file := settings.get("deepspeed_config_file"):
-            text = json.loads((path.parent / file).read_text())
-            return f"zero{text['zero_optimization']['stage']}"
-        return f"zero{settings['zero_stage']}"
+def _engine(words: Mapping[str, Any], processes: int, path: Path) -> str:
+    """The engine that a launch file names, as a run under it would name it."""
+    kind = words["distributed_type"]
     if kind == "FSDP":
-        return "fsdp2"
-    return "ddp" if processes > 1 else "single"
+        return engine.with_fsdp(int(words["fsdp_config"].get("fsdp_version", 1)))
+    if kind != "DEEPSPEED":
+        return engine.with_zero(0, processes)
+    settings = words["deepspeed_config"]
+    if file := settings.get("deepspeed_config_file"):
+        settings = json.loads((path.parent / file).read_text())["zero_optimization"]
+        return engine.with_zero(settings["stage"], processes)
+    return engine.with_zero(settings["zero_stage"], processes)
 
 
 @dataclass(frozen=True)

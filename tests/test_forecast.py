@@ -73,3 +73,30 @@ def test_a_file_that_is_no_launch_file_is_refused(tmp_path):
     path.write_text(yaml.safe_dump({"tasks": []}))
     with pytest.raises(RecipeError, match="no launch file"):
         Launch.read(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "single"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {}}, None),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, None),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "fsdp2"),
+    ],
+)
+def test_a_launch_file_is_named_as_the_run_would_be(words, said, tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(words))
+    if said is None:
+        with pytest.raises(RecipeError, match="no launch file"):
+            Launch.read(path)
+    else:
+        assert Launch.read(path).engine == said
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "DDP"])
+def test_a_launch_file_that_holds_no_keys_is_refused(text, tmp_path):
+    path = tmp_path / "launch.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="no launch file"):
+        Launch.read(path)

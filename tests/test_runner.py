@@ -2,7 +2,6 @@
 appended tasks.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,10 +16,10 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from mllm_cl import checkpoint, continual, load_method
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.model.surgery import guards
+from survive_script import digests
 from toy_run import load, toy_tasks
 
 HERE = Path(__file__).parent
-SAME_BYTES = ("state.safetensors", "memory.safetensors", "scores.json", "routing.safetensors")
 
 
 def recipe(folder: Path, model: Path, method: str = "same", **changes) -> Path:
@@ -58,15 +57,6 @@ def run_in_process(path: Path, *overrides: str) -> Path:
     from mllm_cl.runner import run
 
     return run(Recipe.load(path, overrides))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The bytes of everything that a stage hands on, by stage and file."""
-    return {
-        f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("task_*/*"))
-        if path.name in SAME_BYTES
-    }
 
 
 @pytest.fixture(scope="module")
