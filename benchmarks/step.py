@@ -10,14 +10,17 @@ training as well.
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import timing
@@ -44,7 +47,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(512, 1408, 8, 2, 4, 128, 1000),
-    "llava-7b-1": Shape(4096, 11008, 32, 1, 1, 256, 1000),  # one layer: what a CPU can hold
+    "llava-7b-1": Shape(4096, 11008, 32, 1, 1, 768, 1000),  # one layer: what a CPU can hold
     "llava-7b": Shape(4096, 11008, 32, 8, 4, 768, 1000),
 }
 
@@ -110,21 +113,33 @@ def batch_of(shape: Shape, device: str) -> dict[str, Tensor]:
 
 
 def peak_bytes(name: str, shape: Shape, device: str, dtype: torch.dtype) -> int:
-    """The most memory that a method holds in its second task: the device's count, or what this
-    process grows by from before the model was built. For a process that does nothing else.
+    """The most bytes of tensors that a method holds from the model's making to its second task's
+    third step, as torch's allocator counts them. For a process that does nothing else.
     """
-    before = _most_resident()
-    variant = Variant(build(shape, device, dtype), name, batch_of(shape, device))
-    for _ in range(3):
-        variant.step()
+
+    def live() -> None:
+        variant = Variant(build(shape, device, dtype), name, batch_of(shape, device))
+        for _ in range(3):
+            variant.step()
+
     if device == "cuda":
+        live()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return _most_resident() - before
+    return _most_allocated(live)
 
 
-def _most_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _most_allocated(live: Callable[[], None]) -> int:
+    """What the CPU's allocator held at most, without what it keeps for later as a process's
+    resident memory would show.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        live()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
 
 
 def peaks(shape: str, device: str, dtype: str) -> list[dict]:

@@ -369,6 +369,18 @@ def test_what_is_forbidden_stays_forbidden_in_a_composition_of_compositions():
     assert old.leak(g(torch.randn(4, 12).double())) < 1e-9
 
 
+def test_a_compact_guard_is_the_same_map_with_fewer_columns():
+    shared = DriftGuard.forbid(covariance(12, 0), 0.5)
+    for other in (
+        DriftGuard.confine(covariance(12, 1), 0.9),
+        DriftGuard.confine(torch.stack([covariance(12, 1), covariance(12, 2)]), 0.7),
+    ):
+        g = DriftGuard.compose(shared, other)
+        assert close(matrix(g.compact()), matrix(g), 1e-9)
+        assert g.compact().gain_K.shape[-1] <= g.gain_K.shape[-1] - shared.gain_K.shape[-1]
+        assert g.compact().occupancy.tolist() == g.occupancy.tolist()
+
+
 def test_composing_with_a_free_guard_or_alone_changes_nothing():
     g = DriftGuard.forbid(covariance(9, 0), 0.6)
     assert DriftGuard.compose(g) is g

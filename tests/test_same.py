@@ -6,10 +6,8 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from mllm_cl import Memory, routers
-from mllm_cl.data.chat import ChatCollator
 from mllm_cl.drift.covariance import CovarianceTracker
 from mllm_cl.drift.factors import low_rank_moment
 from mllm_cl.drift.guard import DriftGuard
@@ -18,7 +16,7 @@ from mllm_cl.methods.instruction.same import Same
 from mllm_cl.model import adapt
 from mllm_cl.model.surgery import guards, installed_on
 from mllm_cl.task import Task
-from toy_run import Learnt, learn, load, logits, toy_tasks
+from toy_run import Learnt, collator_of, learn, load, logits, toy_tasks
 
 SETTINGS = {"lora_target_modules": ("q_proj", "o_proj"), "lora_r": 4, "calibration_tokens": 500}
 FEW = {"num_experts": 4, "damping": 0.1, **SETTINGS}
@@ -73,7 +71,7 @@ def test_routers_move_only_where_the_task_gave_the_incoming_model_inputs(tiny_fo
     model = load(folder)
     for path, router in routers(model).items():
         router.register_forward_hook(lambda m, args, out, path=path: seen.update({path: args[0]}))
-    batch = ChatCollator(AutoProcessor.from_pretrained(folder))(list(task.train))
+    batch = collator_of(folder)(list(task.train))
     logits(model, batch)
     real = batch["attention_mask"].flatten().bool()
     method = Same(**WHOLE | {"calibration_tokens": 10**6}, confine_energy=0.9)  # all samples
@@ -206,13 +204,13 @@ def test_the_released_rule_leaves_one_expert_and_a_router_without_gradient(tiny_
     assert all(moe.active.tolist() == [True, False, False, False] for moe in mixtures.values())
     assert set(by_router(model, told).values()) == {0.0}
     assert all((told.displaced_after[f"{path}.weight"] == 0).all() for path in mixtures)
-    kept = {path: memory[f"same/released/{path}"] for path in mixtures}
+    kept = {path: memory[f"same/released/{path}/importance"] for path in mixtures}
     assert all(len(value) == 4 and (value > 0).all() for value in kept.values())
 
     learn(model, folder, method, second, memory, steps=1)  # the next task's own expert never rests
     assert all(moe.active is None or moe.active[1] for moe in mixtures.values())
     for path, value in kept.items():
-        ratio = memory[f"same/released/{path}"] / value
+        ratio = memory[f"same/released/{path}/importance"] / value
         # 0.95 F + 0.05 e, where four steps from zero had left F = 0.185 e: carried on, 1.22
         assert ((ratio > 1.1) & (ratio < 1.4)).all()
 
@@ -377,7 +375,7 @@ def test_what_a_task_supersedes_is_left_unprotected_and_the_rest_is_not(tiny_fol
     incoming.load_state_dict(state)
     for name, one in guards(incoming).items():
         one.displacement = displaced[name]
-    batch = ChatCollator(AutoProcessor.from_pretrained(folder))(list(first.train))
+    batch = collator_of(folder)(list(first.train))
     seen = {}
     for path, router in routers(incoming).items():
         router.register_forward_hook(lambda m, args, out, path=path: seen.update({path: args[0]}))

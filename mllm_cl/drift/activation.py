@@ -156,6 +156,22 @@ class ReleasedActivation:
             self.final = int(self.active_E.sum()) == 1
         return self.active_E
 
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "task": torch.tensor(self.task),
+            "utilisation": self.utilisation_E,
+            "importance": self.importance_E,
+            "active": self.active_E,
+            "final": torch.tensor(self.final),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> ReleasedActivation:
+        rule = cls(len(state["active"]), int(state["task"]), state["importance"])
+        rule.utilisation_E, rule.active_E = state["utilisation"].clone(), state["active"].clone()
+        rule.final = bool(state["final"])
+        return rule
+
 
 def _minmax(value_E: Tensor) -> Tensor:
     """(v - min) / (max - min), 0 if all are equal."""

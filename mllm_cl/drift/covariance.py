@@ -10,6 +10,7 @@ group of experts. Leading dimensions "..." are empty or (E,) unless said otherwi
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class CovarianceTracker:
             )
         self.dim, self.rank, self.num_experts, self.seed = dim, rank, num_experts, seed
         width = sketch_width(dim, rank)
-        self._omega_DS = None if width == dim else gaussian(dim, width, seed)
+        self._omega_DS = None if width == dim else _shared_gaussian(dim, width, seed, "cpu")
         lead = () if num_experts is None else (num_experts,)
         self._product_DS = torch.zeros(*lead, dim, width)
         # Scalars are float64: in float32 a count stops at 2^24, 17 million tokens.
@@ -80,7 +81,7 @@ class CovarianceTracker:
         if recomputing():  # those tokens have been counted
             return
         self._check(input_TD, mask_T, weight_TE)
-        self._move(input_TD.device)
+        self.to(input_TD.device)
         with torch.autocast(input_TD.device.type, enabled=False):
             input_TD = input_TD.reshape(-1, self.dim).float()
             weight_TE = self._weights(input_TD, weight_TE)
@@ -115,10 +116,9 @@ class CovarianceTracker:
             raise ValueError(
                 f"only like trackers merge: {self._settings()} and {other._settings()} differ."
             )
-        device = self._product_DS.device
-        self._product_DS += other._product_DS.to(device)
-        self._trace += other._trace.to(device)
-        self._count += other._count.to(device)
+        self._product_DS += other._product_DS.to(self.device)
+        self._trace += other._trace.to(self.device)
+        self._count += other._count.to(self.device)
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Replace every sum by its sum over ranks; a rank that saw nothing holds zeros on the CPU.
@@ -145,9 +145,10 @@ class CovarianceTracker:
         if self._omega_DS is None:
             found = spectrum(self.covariance(), rank)
             return Spectrum(found.basis_DK, found.eigenvalue_K, self.trace)
-        product_DS = self._product_DS.double() / self._safe_count()[..., None, None]
-        basis_DS, value_S = nystrom(product_DS, self._omega_DS.to(product_DS.device))
-        return Spectrum(basis_DS.float(), value_S.float(), self.trace).truncate(rank)
+        basis_DS, value_S = nystrom(self._product_DS, self._omega_DS)
+        value_S = value_S / self._safe_count().unsqueeze(-1)
+        # Cut before the copy, or the whole sketch would live as long as the basis.
+        return Spectrum(basis_DS[..., :rank].float(), value_S[..., :rank].float(), self.trace)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as tensors on the CPU."""
@@ -184,12 +185,19 @@ class CovarianceTracker:
     def _safe_count(self) -> Tensor:
         return torch.where(self._count > 0, self._count, 1.0)
 
+    @property
+    def device(self) -> torch.device:
+        return self._product_DS.device
+
     # A tensor born in inference mode could not be added to outside it.
     @torch.inference_mode(False)
-    def _move(self, device: torch.device) -> None:
+    def to(self, device: torch.device | str) -> CovarianceTracker:
+        """This tracker, its sums moved to `device`."""
         self._product_DS = self._product_DS.to(device)
         self._trace, self._count = self._trace.to(device), self._count.to(device)
-        self._omega_DS = None if self._omega_DS is None else self._omega_DS.to(device)
+        if self._omega_DS is not None:
+            self._omega_DS = _shared_gaussian(*self._omega_DS.shape, self.seed, str(device))
+        return self
 
     def _weights(self, input_TD: Tensor, weight_TE: Tensor | None) -> Tensor:
         if weight_TE is None:
@@ -218,6 +226,19 @@ class CovarianceTracker:
             )
 
 
+# One Omega for all layers of a width, as long as a tracker uses it: it is as large as a sketch.
+_OMEGAS: WeakValueDictionary[tuple[int, int, int, str], Tensor] = WeakValueDictionary()
+
+
+def _shared_gaussian(dim: int, width: int, seed: int, device: str) -> Tensor:
+    key = (dim, width, seed, device)
+    omega_DS = _OMEGAS.get(key)
+    if omega_DS is None:
+        omega_DS = gaussian(dim, width, seed).to(device)
+        _OMEGAS[key] = omega_DS
+    return omega_DS
+
+
 def gaussian(dim: int, width: int, seed: int) -> Tensor:
     """Omega (D, S), Gaussian of variance 1/D, drawn on the CPU from its arguments."""
     # Mixed so that neighbouring seeds or widths do not share a stream; the constants are primes.
@@ -232,20 +253,21 @@ def nystrom(product_DS: Tensor, omega_DS: Tensor) -> tuple[Tensor, Tensor]:
     almost singular Omega^T Y is not amplified (arXiv:1706.05736, alg. 3; eigh in the place of
     Cholesky, which can fail).
     """
-    product_DS, omega_DS = product_DS.double(), omega_DS.double()
+    # Wide sketches are large in float64: what can be overwritten is.
+    product_DS, omega_DS = product_DS.to(torch.float64, copy=True), omega_DS.double()
     norm = torch.linalg.matrix_norm(product_DS)[..., None, None]
     # The sums behind Y were rounded to float32. 0.1: measured on inputs with one massive direction
     # (10^6 times the next): at 1 the shift hides 17 % of the other energy, at 0.1 5 %, at 0.01
     # rounding shows up as eigenvalues.
     shift = 0.1 * torch.finfo(torch.float32).eps * norm
-    product_DS = product_DS + shift * omega_DS
+    product_DS.addcmul_(omega_DS, shift)
     value_S, vector_SS = symmetric_eigen(omega_DS.mT @ product_DS)
     value_S = value_S.unsqueeze(-2)
     keep = value_S > 1e-3 * shift
     inverse_root = torch.where(
         keep, value_S.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0
     )
-    basis_DS, singular_S, _ = torch.linalg.svd(
-        (product_DS @ vector_SS) * inverse_root, full_matrices=False
-    )
+    del omega_DS
+    product_DS = (product_DS @ vector_SS).mul_(inverse_root)
+    basis_DS, singular_S, _ = torch.linalg.svd(product_DS, full_matrices=False)
     return basis_DS, (singular_S.square() - shift.squeeze(-1)).clamp_min(0)

@@ -214,6 +214,14 @@ class DriftGuard:
             return guards[0]
         return _compose(sorted(guards, key=lambda guard: guard.outside == 0))
 
+    def compact(self) -> DriftGuard:
+        """The same map without the columns that it treats as it treats what is outside.
+
+        The last step before a guard is used: a composition would want to know of closed columns.
+        """
+        columns = _columns(self.basis_DK, self.gain_K, self.gain_K != self.outside)
+        return DriftGuard(*columns, self.outside)
+
     def to(self, device: torch.device | str) -> DriftGuard:
         return DriftGuard(self.basis_DK.to(device), self.gain_K.to(device), self.outside)
 
@@ -332,13 +340,18 @@ def _compose(guards: list[DriftGuard]) -> DriftGuard:
     gain_J, vector_JJ = symmetric_eigen(open_JJ @ product_JJ @ open_JJ)
     # What was projected out comes back as 1e-16; a gain that small is a zero.
     gain_J = torch.where(gain_J.abs() < 1e-9, 0.0, gain_J)
-    # Directions treated like all others need no column, unless closed: `leak` watches those.
+    # Directions treated like all others need no column, unless closed: `leak` watches those, and
+    # whoever composes once more has to know of them.
     useful_J = ((gain_J - outside).abs() > 1e-7) | (gain_J == 0)
-    order_J = (~useful_J).to(torch.uint8).argsort(dim=-1, stable=True)
-    width = int(useful_J.sum(-1).max())
-    order_J = order_J[..., :width]
-    basis_DJ = (basis_DJ @ vector_JJ).take_along_dim(order_J.unsqueeze(-2), dim=-1)
-    return DriftGuard(basis_DJ.to(dtype), gain_J.gather(-1, order_J).to(dtype), outside)
+    basis_DJ, gain_J = _columns(basis_DJ @ vector_JJ, gain_J, useful_J)
+    return DriftGuard(basis_DJ.to(dtype), gain_J.to(dtype), outside)
+
+
+def _columns(basis_DK: Tensor, gain_K: Tensor, useful_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The useful columns and their gains, in their order; experts that have fewer fill up."""
+    order_K = (~useful_K).to(torch.uint8).argsort(dim=-1, stable=True)
+    order_K = order_K[..., : int(useful_K.sum(-1).max())]
+    return basis_DK.take_along_dim(order_K.unsqueeze(-2), dim=-1), gain_K.gather(-1, order_K)
 
 
 def _joint_basis(guards: list[DriftGuard]) -> Tensor:

@@ -118,9 +118,11 @@ class Same(Tuned):
         rest(model)
         if self.activation == "released":
             for path, moe in resting_experts(model).items():
-                importance_E = memory.get(f"same/released/{path}")
-                expert = (task.index - 1) % self.num_experts
-                _follow(moe, ReleasedActivation(self.num_experts, expert, importance_E))
+                key, expert = f"same/released/{path}", (task.index - 1) % self.num_experts
+                importance_E = memory.get(f"{key}/importance")
+                rule = ReleasedActivation(self.num_experts, expert, importance_E)
+                memory.put(key, rule.state())
+                _follow(moe, memory, key)
         only_train(model, [])
 
     def start_task(
@@ -129,10 +131,14 @@ class Same(Tuned):
         """Measure the task's input with the incoming model and set what each guard allows."""
         watch = self._measure(model, batches, reduce)
         spectra = self._past(watch, task, memory)
+        shared: dict[tuple[str, str], DriftGuard] = {}
         for site in self._guarded(model):
             one, source = installed_on(site.module)[site.name], watch.source_of[site.source]
-            past = spectra[source].to(one.displacement.device) if source in spectra else None
-            one.g = self._guard(site, watch.trackers[source], past)
+            # What meets one tensor in one role, as q, k and v do, shares the basis in memory too.
+            key = (site.role, site.path if site.role == "B" else source)
+            if key not in shared:
+                shared[key] = self._guard(site, watch.trackers[source], spectra.get(source))
+            one.g = shared[key]
             one.move(one.displacement.device)
         if self.activation == "paper":
             self._rest(model, watch, memory)
@@ -143,17 +149,21 @@ class Same(Tuned):
         Only the answers of that one are wrong, so what it asked is what this task asks: its part
         is the task's own moment, of as many tokens as it put in.
         """
-        history = {source: self._history(memory, source) for source in watch.trackers}
-        spectra = {source: past.spectrum() for source, past in history.items() if past}
-        if task.supersedes is None:
-            return spectra
-        for source, tokens in self._tokens(memory, task.supersedes, watch).items():
-            share = (tokens / history[source].count).clamp_max(1)
-            spectra[source] = without(spectra[source], watch.trackers[source].spectrum(), share)
+        spectra, old = {}, self._tokens(memory, task.supersedes, watch)
+        for source, now in watch.trackers.items():
+            past = self._history(memory, source, now.device)
+            if past is None:
+                continue
+            spectra[source] = past.spectrum()
+            if old:
+                share = (old[source].to(now.device) / past.count).clamp_max(1)
+                spectra[source] = without(spectra[source], now.spectrum(), share)
         return spectra
 
-    def _tokens(self, memory: Memory, name: str, watch: Watch) -> dict[str, Tensor]:
+    def _tokens(self, memory: Memory, name: str | None, watch: Watch) -> dict[str, Tensor]:
         """How many tokens task `name` put into the history of each watched module."""
+        if name is None:
+            return {}
         known = memory.get(f"same/tokens/{name}")
         if known is None:
             raise ValueError(
@@ -169,7 +179,10 @@ class Same(Tuned):
         if self.budget is not None:
             self._keep_within_budget(model, memory, self.budget)
         watch = self._measure(model, batches, reduce)
-        past = {source: self._history(memory, source) for source in watch.trackers}
+        past = {
+            source: self._history(memory, source, tracker.device)
+            for source, tracker in watch.trackers.items()
+        }
         for path, source in watch.source_of.items():
             memory[f"same/source/{path}"] = _text(source)
         counts = [watch.trackers[source].count for source in sorted(watch.trackers)]
@@ -183,9 +196,6 @@ class Same(Tuned):
             if before:
                 use.merge(ExpertUsage.from_state(before))
             memory.put(f"same/use/{path}", use.state())
-        if self.activation == "released":
-            for path, moe in resting_experts(model).items():
-                memory[f"same/released/{path}"] = moe.released.importance_E
 
     def _guarded(self, model: nn.Module) -> list[Site]:
         return [site for site in self.sites(model) if site.name in installed_on(site.module)]
@@ -213,14 +223,18 @@ class Same(Tuned):
         routers = {path: moe.router for path, moe in resting_experts(model).items()}
         watch = measure(model, modules, routers, batches, rank=self.rank)
         watch.reduce(reduce)
+        # A rank that saw nothing has its sums on the CPU; all ranks must compute the same bases.
+        for tracker in watch.trackers.values():
+            tracker.to(next(model.parameters()).device)
         return watch
 
-    def _history(self, memory: Memory, path: str) -> CovarianceTracker | None:
+    def _history(self, memory: Memory, path: str, device: torch.device) -> CovarianceTracker | None:
         """The moments of what earlier tasks fed the module at `path`, None without one."""
         keeper = memory.get(f"same/source/{path}")
         if keeper is None:
             return None
-        return CovarianceTracker.from_state(memory.under(f"same/moment/{_string(keeper)}"))
+        state = memory.under(f"same/moment/{_string(keeper)}")
+        return CovarianceTracker.from_state(state).to(device)
 
     def _guard(self, site: Site, now: CovarianceTracker, past: Spectrum | None) -> DriftGuard:
         """What `site` may do, given what it meets now and what it met before."""
@@ -238,7 +252,8 @@ class Same(Tuned):
         if past is None:
             return confined
         # What the last one forbids stays forbidden exactly.
-        return DriftGuard.compose(confined, DriftGuard.forbid(past, energy=self.forbid_energy))
+        forbidden = DriftGuard.forbid(past, energy=self.forbid_energy)
+        return DriftGuard.compose(confined, forbidden).compact()
 
     def _rest(self, model: nn.Module, watch: Watch, memory: Memory) -> None:
         """Decide which LoRA experts move in this task, from sums over all ranks."""
@@ -263,11 +278,11 @@ class Same(Tuned):
         task is measured, whose inputs depend on it.
         """
         for site in self._guarded(model):
-            history = self._history(memory, site.source)
+            one = installed_on(site.module)[site.name]
+            history = self._history(memory, site.source, one.displacement.device)
             if history is None or site.role not in ("weight", "B"):
                 continue
-            one = installed_on(site.module)[site.name]
-            past = history.spectrum().to(one.displacement.device)
+            past = history.spectrum()
             if site.role == "B":
                 _join_factors(site, past, budget)
             else:
@@ -296,20 +311,27 @@ def _effective(site: Site) -> Tensor:
     return engine.full(site.weight).float() + installed_on(site.module)[site.name].displacement
 
 
-def _follow(moe: MoELoRA, rule: ReleasedActivation) -> None:
-    """Let `rule` decide at every training step which experts of `moe` answer and learn."""
+def _follow(moe: MoELoRA, memory: Memory, key: str) -> None:
+    """Let the released rule, whose state is in `memory`, decide at every training step which
+    experts of `moe` answer and learn.
+    """
     moe.masks_routing = True
-    if "released" not in vars(moe):
-        moe.router.register_forward_hook(partial(_decide, moe))
-    moe.released = rule
+    if "released_hook" in vars(moe):
+        moe.released_hook.remove()
+    moe.released_hook = moe.router.register_forward_hook(partial(_decide, moe, memory, key))
 
 
-def _decide(moe: MoELoRA, router: nn.Module, args: tuple, logits_TE: Tensor) -> None:
+def _decide(
+    moe: MoELoRA, memory: Memory, key: str, router: nn.Module, args: tuple, logits_TE: Tensor
+) -> None:
     # A recompute has to find the experts that its own forward had.
     if moe.training and not recomputing():
         weight_TE = logits_TE.detach().softmax(-1).flatten(0, -2).cpu()
         input_TD = args[0].detach().flatten(0, -2).cpu()
-        moe.active = moe.released.step(weight_TE, input_TD).to(logits_TE.device)
+        # In the memory, so that a checkpoint in the middle of a task has it.
+        rule = ReleasedActivation.from_state(memory.under(key))
+        moe.active = rule.step(weight_TE, input_TD).to(logits_TE.device)
+        memory.put(key, rule.state())
 
 
 def _text(name: str) -> Tensor:
