@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoProcessor
 
 from mllm_cl import Memory, load_method, tracking
 from mllm_cl.cost import Cost
-from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.toy import toy_task
 from mllm_cl.drift.measure import rerouting_accuracy
 from mllm_cl.drifts import Drift, _routers, _rows, measure
@@ -22,7 +20,7 @@ from mllm_cl.model.surgery import guards, restore_state, trained_state
 from mllm_cl.model.watch import router_logits
 from mllm_cl.probes import Kept, spread
 from mllm_cl.task import Task
-from toy_run import NAMES, load
+from toy_run import NAMES, collator_of, load
 
 WHOLE = {"use_peft": False, "num_experts": 0, "lora_target_modules": ("q_proj", "k_proj", "o_proj")}
 MIXED = {"num_experts": 3, "lora_r": 4, "top_k": 2, "lora_target_modules": ("q_proj", "down_proj")}
@@ -44,7 +42,7 @@ def made(folder: Path, method: str, settings: dict):
     model = load(folder)
     base = {name for name, _ in model.named_parameters()}
     load_method(method)(**settings).before_task(model, tasks()[0], Memory())
-    return model, base, ChatCollator(AutoProcessor.from_pretrained(folder))
+    return model, base, collator_of(folder)
 
 
 def shaken(model, base: set[str], seed: int) -> dict[str, torch.Tensor]:

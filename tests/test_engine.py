@@ -8,15 +8,14 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from mllm_cl import Memory, continual, engine
-from mllm_cl.data.chat import ChatCollator
 from mllm_cl.method import Tuned
 from mllm_cl.model.surgery import guards
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.runner import run
-from toy_run import load, logits, probe, toy_tasks
+from toy_run import collator_of, load, logits, probe, toy_tasks
 
 ASK = """
 from engine_script import skip_shared_memory_op
@@ -99,7 +98,7 @@ def arguments(folder, **settings) -> TrainingArguments:
 
 
 def trainer_of(model, folder, method, given) -> Trainer:
-    task, collator = toy_tasks()[0], ChatCollator(AutoProcessor.from_pretrained(folder))
+    task, collator = toy_tasks()[0], collator_of(folder)
     return continual(Trainer)(
         model, given, collator, task.train, method=method, task=task, memory=Memory()
     )

@@ -5,14 +5,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from mllm_cl import Memory, continual, learning
-from mllm_cl.data.chat import ChatCollator
 from mllm_cl.method import Tuned
 from mllm_cl.model.precision import narrow, widen
 from mllm_cl.model.surgery import guards, restore_state, trained_state
-from toy_run import logits, probe, toy_tasks
+from toy_run import collator_of, logits, probe, toy_tasks
 
 TARGETS = ("q_proj", "o_proj")
 WAYS = {
@@ -50,7 +49,7 @@ def one_step(model: nn.Module, folder, method: Tuned, out, **settings) -> Traine
         model=model,
         args=arguments,
         train_dataset=task.train,
-        data_collator=ChatCollator(AutoProcessor.from_pretrained(folder)),
+        data_collator=collator_of(folder),
         method=method,
         task=task,
     )
@@ -123,7 +122,7 @@ def test_a_loop_that_would_round_its_updates_away_is_refused(tiny_folder):
     model, method = load(folder), WAYS["whole"]
     method.before_task(model, task, Memory())
     accelerator = Accelerator(cpu=True)
-    collator = ChatCollator(AutoProcessor.from_pretrained(folder))
+    collator = collator_of(folder)
     wrapped, loader = accelerator.prepare(model, DataLoader(task.train, 8, collate_fn=collator))
     settings = {"task": task, "method": method, "memory": Memory(), "accelerator": accelerator}
     with (

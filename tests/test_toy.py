@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.toy import BASE_SKILLS, TOY_TASKS, toy_task
+from mllm_cl.model.load import load_processor
 from mllm_cl.model.tiny import KINDS, save_tiny, tiny_base, toy_tokenizer
+from mllm_cl.recipe import ModelBlock
+from toy_run import collator_of
 
 ALL = BASE_SKILLS + TOY_TASKS
 
@@ -124,19 +127,15 @@ def test_every_toy_word_is_one_token_and_other_text_round_trips():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tiny_model_reloads_to_equal_logits(kind: str, tmp_path: Path):
     folder = save_tiny(tmp_path / "a", kind, seed=5)
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(folder),
-        AutoProcessor.from_pretrained(folder),
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = load_processor(ModelBlock(model_name_or_path=str(folder)))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == toy_tokenizer().get_vocab()
     assert 1e6 <= model.num_parameters() <= 3e6
     model.save_pretrained(tmp_path / "b")
     processor.save_pretrained(tmp_path / "b")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
     batch = ChatCollator(processor)(toy_task("bars", "train", 4))
-    batch_again = ChatCollator(AutoProcessor.from_pretrained(tmp_path / "b"))(
-        toy_task("bars", "train", 4)
-    )
+    batch_again = collator_of(tmp_path / "b")(toy_task("bars", "train", 4))
     with torch.no_grad():
         torch.testing.assert_close(
             model(**batch).logits, again(**batch_again).logits, rtol=0, atol=0
@@ -167,10 +166,8 @@ def test_the_shipped_base_answers_as_well_as_its_log_says(kind: str):
     """Within 4 standard errors on 60 generated answers of one skill; `generate` stops by itself."""
     folder = tiny_base(kind)
     log = json.loads((folder / "make_base.log").read_text(encoding="utf-8"))
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(folder),
-        AutoProcessor.from_pretrained(folder),
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = load_processor(ModelBlock(model_name_or_path=str(folder)))
     assert model.dtype == torch.float32
     samples = toy_task("colour", "test", 60, seed=1)
     batch = ChatCollator(processor, prompt_only=True)(samples)

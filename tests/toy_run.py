@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -21,7 +20,9 @@ from mllm_cl import Memory, Method, Task, continual
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.toy import toy_task
 from mllm_cl.metrics.answers import metric
+from mllm_cl.model.load import load_processor
 from mllm_cl.model.surgery import guards
+from mllm_cl.recipe import ModelBlock
 from mllm_cl.task import Sample
 
 NAMES, BATCH = ("colour", "arrow"), 8
@@ -52,10 +53,14 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
 
+def collator_of(folder: Path) -> ChatCollator:
+    return ChatCollator(load_processor(ModelBlock(model_name_or_path=str(folder))))
+
+
 def probe(folder: Path) -> dict[str, Tensor]:
     """A few samples of both tasks, as one batch without labels."""
     samples = [task.train.samples[index] for task in toy_tasks() for index in range(2)]
-    batch = ChatCollator(AutoProcessor.from_pretrained(folder))(samples)
+    batch = collator_of(folder)(samples)
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
@@ -147,7 +152,7 @@ def learn(
             **settings,
         ),
         train_dataset=task.train if samples is None else samples,
-        data_collator=ChatCollator(AutoProcessor.from_pretrained(folder)),
+        data_collator=collator_of(folder),
         method=method,
         task=task,
         memory=memory,

@@ -118,7 +118,8 @@ class ChatCollator:
             if len(samples) > 1:  # find the one that it is about
                 for text, sample in zip(texts, samples, strict=True):
                     self._encode([text], [sample], padding_side=padding_side)
-            raise _about(samples[0], f"the processor refuses it: {error}") from error
+            why = str(error) or type(error).__name__
+            raise _about(samples[0], f"the processor refuses it: {why}") from error
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         for sample, length in zip(samples, lengths, strict=True):
             if self.max_length is not None and length > self.max_length:

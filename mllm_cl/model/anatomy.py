@@ -1,7 +1,8 @@
 """The native routers of a Hugging Face model, by name, and tables of modules to look at.
 
 No model family is named here. A model of transformers declares which of its modules it records
-`router_logits` from; the router is the module below those that owns the weight.
+`router_logits` from; the router is the module below those that owns the weight. Where nothing is
+declared, it is the one weight with a row per expert in the block that holds the experts.
 
 Shapes: T tokens, D model width, E experts.
 """
@@ -9,7 +10,7 @@ Shapes: T tokens, D model width, E experts.
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,13 +83,14 @@ def table(modules: Mapping[str, nn.Module]) -> "Table":
 
 def shape_table(shapes: Mapping[str, tuple[int, ...]], title: str = "modules") -> "Table":
     """Names and shapes to look at: a row per shape and name, layers starred, and their sum."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in shapes.items():
         key = re.sub(r"\b\d+\b", "*", name), tuple(shape)
         rows[key] = rows.get(key, 0) + 1
-    shown = Table(title, "count", "shape", "weights")
+    numbers = [Column(name, no_wrap=True) for name in ("count", "shape", "weights")]
+    shown = Table(Column(title, overflow="fold"), *numbers)  # a name is never cut
     for (name, shape), count in rows.items():
         shown.add_row(
             name, str(count), " x ".join(map(str, shape)), f"{count * math.prod(shape):,}"
@@ -102,12 +104,43 @@ def recorded_routers(model: nn.Module) -> dict[str, nn.Module]:
     """What `routers` finds, without its refusals: for whoever only wants to leave routers alone."""
     counts = set(_expert_counts(model).values())
     found: dict[int, tuple[str, nn.Module]] = {}
+    for name, router in _undeclared(model, counts):
+        found.setdefault(id(router), (name, router))
     for name, module, recorders in walk(model):
         if any(is_recorded(name, module, recorder) for recorder in recorders):
             for owner_name, owner in _owners(name, module, counts):
                 # A block and the router in it may both be recorded, and modules may be shared.
                 found.setdefault(id(owner), (owner_name, owner))
     return dict(found.values())
+
+
+def _undeclared(model: nn.Module, counts: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """The routers of submodels that declare none: each beside a stack (E, ., .) of experts."""
+    silent = {name: module for name, module, recorders in walk(model) if not recorders}
+    for name, module in silent.items():
+        sizes = [engine.shape(parameter) for parameter in module.parameters(recurse=False)]
+        for num_experts in counts & {size[0] for size in sizes if len(size) == 3}:
+            yield from _beside(name, num_experts, silent)
+
+
+def _beside(
+    stack: str, num_experts: int, modules: Mapping[str, nn.Module]
+) -> list[tuple[str, nn.Module]]:
+    """The one weight with a row per expert in the block around a stack of them, if it is one.
+
+    The layer around the block is not searched: its projections may have as many rows by chance.
+    """
+    block = stack
+    while block and not block.rpartition(".")[2].isdigit():
+        inside = [
+            (name, module)
+            for name, module in modules.items()
+            if name.startswith(f"{block}.") and _weight_shape(module)[:1] == (num_experts,)
+        ]
+        if inside:
+            return inside if len(inside) == 1 else []
+        block = block.rpartition(".")[0]
+    return []
 
 
 def _owners(name: str, recorded: nn.Module, counts: set[int]) -> list[tuple[str, nn.Module]]:
@@ -207,7 +240,8 @@ def _refuse_hidden_experts(model: nn.Module) -> None:
         raise ValueError(
             f"the config of {type(model).__name__} counts experts ({fields}), but no router was "
             "found. Looked for the modules that transformers records 'router_logits' from "
-            f"(`_can_record_outputs`): {why}. Declare the router's class there."
+            f"(`_can_record_outputs`): {why}. Nor is there just one weight with a row per expert "
+            "beside the experts. Declare the router's class there, or take a newer transformers."
         )
 
 

@@ -2,12 +2,15 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from mllm_cl import engine
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -109,7 +112,32 @@ def load_processor(settings: ModelSettings):
     """The processor (or, for text-only models, the tokenizer) that belongs to the model."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(location(settings.model_name_or_path), **_common(settings))
+    where, common = location(settings.model_name_or_path), _common(settings)
+    try:
+        return AutoProcessor.from_pretrained(where, **common)
+    except ImportError:
+        processor = _assembled(where, common)
+        if processor is None:
+            raise
+        return processor
+
+
+def _assembled(where: str, common: dict[str, Any]) -> "ProcessorMixin | None":
+    """The processor put together from its picture and its text part; None if it has other parts.
+
+    A class that names its picture part "AutoImageProcessor" does not open without torchvision in
+    transformers 5.17, which takes that name for one of torchvision's; its module knows better.
+    """
+    from transformers import AutoTokenizer, ProcessorMixin
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.models.auto.processing_auto import processor_class_from_name
+
+    described, _ = ProcessorMixin.get_processor_dict(where, **common)
+    cls = processor_class_from_name(described.get("processor_class", ""))
+    if cls is None or cls.get_attributes() != ["image_processor", "tokenizer"]:
+        return None
+    parts = [auto.from_pretrained(where, **common) for auto in (AutoImageProcessor, AutoTokenizer)]
+    return cls.from_args_and_dict(parts, described)
 
 
 def _common(settings: ModelSettings) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def _qwen_processor(tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
 
     PaddleOCR-VL's processor is the stock class that is exactly (image processor, tokenizer) with
     Qwen's rule `tokens = t * h * w / merge^2` and `mm_token_type_ids`; being stock, `AutoProcessor`
-    reloads the folder anywhere, also in a process that has not imported this package.
+    reloads the folder also in a process that has not imported this package (transformers 5.17 does
+    so only where torchvision is; `load_processor` always).
     """
     from transformers import PaddleOCRVLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -5,6 +5,7 @@ DDP waits for gradients that never come, and ZeRO-3 and FSDP2 for weights that n
 B batch, T tokens, D model width.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,8 +63,7 @@ class GuardPicture:
         self._withdraw()
         self.shown = True
         try:
-            inputs = {key: value.to(embedded_BTD.device) for key, value in self.inputs.items()}
-            output = self.model.get_image_features(**inputs, return_dict=True)
+            output = self._seen(embedded_BTD.device)
         finally:
             self.shown = False
         if "pooler_output" not in output:  # Llama 4 projects them elsewhere, out of our reach
@@ -81,6 +81,15 @@ class GuardPicture:
                     part = part.to(embedded_BTD.dtype)
                     embedded_BTD = embedded_BTD.masked_scatter(nowhere_BTD, part)
         return embedded_BTD
+
+    def _seen(self, device: torch.device) -> Mapping[str, Any]:
+        """The tower's output; empty where it is to be told what of it to select (older Llama 4)."""
+        known = inspect.signature(self.model.get_image_features).parameters.values()
+        asked = [one for one in known if one.kind is one.POSITIONAL_OR_KEYWORD]
+        if {one.name for one in asked if one.default is one.empty} - self.inputs.keys():
+            return {}
+        inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        return self.model.get_image_features(**inputs, return_dict=True)
 
 
 def show_guard_picture(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """A walk through the modules that are live in a model, with what transformers records of each.
 
-PEFT's wrappers are looked through, and its adapters left out.
+PEFT's wrappers are looked through, and adapters left out, PEFT's and our own.
 """
 
 import re
@@ -12,11 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from mllm_cl.model.moe_lora import MoELoRA
+
 
 def walk(
     module: nn.Module, name: str = "", recorders: Sequence[OutputRecorder] = ()
 ) -> Iterator[tuple[str, nn.Module, Sequence[OutputRecorder]]]:
-    """(name, module, router recorders in force) of all in `module` but PEFT's adapters.
+    """(name, module, router recorders in force) of all in `module` but adapters.
 
     A submodel's declaration replaces that of the model around it, as in transformers' own hooks.
     """
@@ -40,7 +42,9 @@ def _live_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"modules_to_save.{active}", module.modules_to_save[active]
     else:
         yield from (
-            (name, child) for name, child in module.named_children() if name != "parametrizations"
+            (name, child)
+            for name, child in module.named_children()
+            if name != "parametrizations" and not isinstance(child, MoELoRA)
         )
 
 

@@ -216,39 +216,3 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> object:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
     return model(**inputs, use_cache=False)
-
-
-def routing(
-    model: nn.Module, routers: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The routing probabilities (T, E) of every router on the batches' real tokens, on the CPU.
-
-    Routers that no token reached, as a vision tower's where no batch has a picture, are absent.
-    """
-    found: dict[str, list[Tensor]] = {path: [] for path in routers}
-    masks: list[Tensor] = []
-    guard = guard_picture(model)
-
-    def keep(path: str):
-        def hook(router: nn.Module, args: tuple, output: object) -> None:
-            if guard is not None and guard.shown:
-                return
-            probability_TE = router_logits(router, args[0]).softmax(-1)
-            mask_T = masks[-1].reshape(-1).bool()
-            real = mask_T if mask_T.numel() == probability_TE.shape[0] else slice(None)
-            found[path].append(probability_TE[real].cpu())
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(path), prepend=True) for path, module in routers.items()
-    ]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                masks.append(batch["attention_mask"].to(next(model.parameters()).device))
-                forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: torch.cat(parts) for path, parts in found.items() if parts}

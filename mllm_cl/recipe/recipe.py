@@ -56,19 +56,29 @@ class Recipe:
         what the new method does not take of the file's `method`; `notes` says so. Raises
         RecipeError, which names the file, the key, what was found and what was expected.
         """
-        given: dict[str, str] = {}
         try:
             tree = read_file(Path(path))
+        except RecipeError as error:
+            raise RecipeError(error.key, error.problem, f"{path}") from None
+        return cls.from_tree(tree, path, overrides)
+
+    @classmethod
+    def from_tree(
+        cls, tree: dict[str, Any], source: str | os.PathLike, overrides: Sequence[str] = ()
+    ) -> "Recipe":
+        """The recipe of what a file would hold, as `load` reads it; errors name `source`."""
+        given: dict[str, str] = {}
+        try:
             given.update(split_overrides(overrides))
             refuse_remote_code(tree, given)
             written = written_method(tree, given)
             for key, text in given.items():
                 put(tree, key, parse(text, key))
-            return _recipe(tree, Path(path).stem, written)
+            return _recipe(tree, Path(source).stem, written)
         except RecipeError as error:
             changed = [key for key in given if f"{error.key}.".startswith(f"{key}.")]
-            source = f"{path} with --{changed[-1]} on the command line" if changed else f"{path}"
-            raise RecipeError(error.key, error.problem, source) from None
+            where = f"{source} with --{changed[-1]} on the command line" if changed else f"{source}"
+            raise RecipeError(error.key, error.problem, where) from None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in; `training` keeps only what was set.
