@@ -22,7 +22,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engines' -n 2 --dist loadfile
 
 test-engines: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m engines
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m engines -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

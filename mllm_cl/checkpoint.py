@@ -50,7 +50,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
         write_json(partial / "scheduler.json", trainer.lr_scheduler.state_dict())
         write_json(partial / BATCH, batch_of(trainer.args))
     engine.barrier()
-    save_tensors(_random_state(), partial / f"random-{engine.rank()}.safetensors")
+    save_tensors(random_state(), partial / f"random-{engine.rank()}.safetensors")
     engine.barrier()
     if engine.rank() == 0:
         mark(partial)
@@ -189,7 +189,7 @@ def _load_guard_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     rest(trainer.bare_model())
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
     """The states of all generators as tensors: Python's, numpy's, torch's, the accelerator's."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -214,7 +214,11 @@ def load_random_state(path: Path) -> None:
     file = path / f"random-{engine.rank()}.safetensors"
     if not file.exists():
         return
-    state = load_tensors(file)
+    set_random_state(load_tensors(file))
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` returned."""
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = state["numpy_position"].tolist()

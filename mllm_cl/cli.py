@@ -8,9 +8,11 @@ Exit codes: 0 done, 1 failed, 2 bad recipe or input, 3 stopped by SIGTERM (run i
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from mllm_cl import __version__
 
@@ -24,20 +26,44 @@ values are YAML, and the recipe comes first; with another --method.name, what th
 take of the file's settings is left out, and named"""
 
 
+# What libraries say when they are imported where there is no GPU, by logger.
+KNOWN_ADVICE = {
+    "DeepSpeed": "Setting accelerator to CPU",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
+}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what is unforeseen is left to Python (1)."""
     arguments = _parser().parse_args(words)
+    for name, advice in KNOWN_ADVICE.items():
+        logging.getLogger(name).addFilter(partial(_is_not, advice))
     from mllm_cl.data.errors import DataError
     from mllm_cl.recipe import RecipeError
+    from mllm_cl.stopping import Failed
 
     try:
         return arguments.call(arguments)
-    except (RecipeError, DataError) as error:
+    except RecipeError as error:
         _tell(str(error))
         return 2
+    except DataError as error:
+        _tell_from_anywhere(str(error))
+        return 2
+    except Failed as error:
+        tell = _tell if error.everywhere else _tell_from_anywhere
+        tell(str(error))
+        return 1
+    except FloatingPointError as error:
+        _tell_from_anywhere(str(error))
+        return 1
     except KeyboardInterrupt:
         _tell("interrupted")
         return 130
+
+
+def _is_not(advice: str, record: logging.LogRecord) -> bool:
+    return advice not in record.msg
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,10 +198,7 @@ def _train(recipes: list, stopping) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    import tempfile
     from pathlib import Path
-
-    import yaml
 
     from mllm_cl.recipe import Recipe
 
@@ -189,10 +212,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         "retain": known,
         "tasks": [{"name": "none", "data": arguments.data[0]}],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measure.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        recipe = Recipe.load(path, [f"--{setting}" for setting in arguments.set])
+    settings = [f"--{setting}" for setting in arguments.set]
+    recipe = Recipe.from_tree(tree, "mllm-cl measure", settings)
     from mllm_cl.runner import measure
 
     measure(recipe, Path(arguments.to))
@@ -251,6 +272,13 @@ def _report(arguments: argparse.Namespace) -> int:
     path = write(groups, arguments.output or os.path.join(home, "report"))
     print(f"report: {path}")
     return 0
+
+
+def _tell_from_anywhere(text: str) -> None:
+    # what only one process has read or computed is known to that one alone
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    process = "" if alone else f"process {os.environ.get('RANK', '0')}: "
+    print(f"mllm-cl: {process}{text}", file=sys.stderr)
 
 
 def _tell(text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,23 @@ def _wants(variable: str) -> bool:
 def launched_processes() -> int:
     """How many processes the launcher started, known before they form a group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meeting_point() -> dist.Store | None:
+    """A connection of the caller's own to the store of the launch, None before there is one."""
+    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if "MASTER_PORT" not in os.environ or not (launchers or dist.is_initialized()):
+        return None
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))
+    return dist.PrefixStore(f"mllm_cl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leave the trace of the error that is being handled where torchrun looks for it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
 
 
 def launched_precision() -> dict[str, bool]:
@@ -166,6 +184,30 @@ def local(parameter: Tensor) -> Tensor | None:
         mapping = parameter._hp_mapping
         return None if mapping is None else mapping.hp_fragment
     return parameter.to_local() if _is_dtensor(parameter) else parameter
+
+
+def try_backward(loss: Tensor, parameters: list[Tensor]) -> None:
+    """A backward pass as training makes it, of which nothing stays: no gradient is reduced or kept.
+
+    Collective where weights are sharded.
+    """
+    if any(_is_dtensor(parameter) for parameter in parameters):
+        loss.backward()  # what the graph holds are FSDP2's whole weights, not these shards
+        for parameter in parameters:
+            parameter.grad = None
+        return
+    # ZeRO hands each gradient on as it comes; none may wait here for the last.
+    hooks = [
+        parameter.register_hook(lambda gradient: gradient.new_zeros(()).expand_as(gradient))
+        for parameter in parameters
+        if keeps_master(parameter)
+    ]
+    try:
+        # Past the nodes that add to .grad, where the engines' own hooks sit.
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 
 from mllm_cl import checkpoint, engine, tracking
 from mllm_cl.data import fingerprint
+from mllm_cl.data.policy import skipped
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer, row
-from mllm_cl.memory import Memory, save_tensors
+from mllm_cl.memory import Memory
 from mllm_cl.metrics.scores import ZERO_SHOT, table
 from mllm_cl.model import anatomy
 from mllm_cl.model.surgery import guards
@@ -61,7 +62,8 @@ def is_done(recipe: Recipe, folder: Path, stage: int) -> bool:
     path = stage_folder(folder, stage)
     if not (path / checkpoint.MARKER).exists():
         return False
-    if not checkpoint.is_complete(path):
+    # One reads every byte of it; where it raises, the launch ends.
+    if engine.rank() == 0 and not checkpoint.is_complete(path):
         raise RecipeError(
             "output_dir",
             f"a file in {path} is not as it was written (damaged or edited). Put it back, or "
@@ -101,12 +103,18 @@ def _manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / "manifest.json").read_text())
 
 
+def state_file(path: Path) -> Path:
+    """The file, in the folder of a stage, of all that was trained up to it."""
+    return path / "state.safetensors"
+
+
 def write(
     folder: Path, outcome: Outcome, *, recipe: Recipe, sequence: TaskSequence, stage: int
 ) -> dict[str, float]:
-    """Put a stage into its folder, the marker with all hashes last, and return its scores."""
+    """Put a stage into its folder beside its state, the marker with all hashes last, and return its
+    scores.
+    """
     path = stage_folder(folder, stage)
-    save_tensors(dict(outcome.state), path / "state.safetensors")
     outcome.memory.save(path / "memory.safetensors")
     outcome.drift.save(path)
     checkpoint.write_json(path / "guards.json", outcome.held)
@@ -160,9 +168,23 @@ def manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, objec
             task.name: {"train": fingerprint(task.train), "eval": fingerprint(task.eval)}
             for task in (*sequence.retain, *sequence.tasks)
         },
+        "skipped": skipped_rows(sequence),
         "trained_parameters": sum(engine.shape(p).numel() for p in trainer.trained().values()),
         "memory_bytes": trainer.method.kept_bytes(trainer.memory),
     }
+
+
+def skipped_rows(sequence: TaskSequence) -> dict[str, dict[str, list[engine.JSON]]]:
+    """File and row of what `on_error: skip` left out, by task and split, of all processes; of
+    training those rows that were met since the run was last started. Collective.
+    """
+    found: dict[str, dict[str, list[engine.JSON]]] = {}
+    for task in (*sequence.retain, *sequence.tasks):
+        for split, samples in (("train", task.train), ("eval", task.eval)):
+            rows = engine.gather([list(where) for where in skipped(samples)])
+            if rows:
+                found.setdefault(task.name, {})[split] = sorted({tuple(row) for row in rows})
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -229,3 +251,10 @@ def tell_what_held(found: Mapping[str, Mapping[str, float]]) -> None:
             f"{len(forbidding)} of {len(found)} guards forbade {occupancy:.0%} of their directions"
         )
         print(f"     {number}; at most {leak:.0e} of a step lies there", flush=True)
+    shut = [path for path, row in found.items() if row["occupancy"] == 1]
+    if shut:
+        print(
+            f"     {len(shut)} of {len(found)} weights have no direction left to learn in, such as "
+            f"{shut[0]}: lower method.forbid_energy if new tasks suffer",
+            flush=True,
+        )

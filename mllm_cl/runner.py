@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mllm_cl import checkpoint, drifts, engine, record, tracking
@@ -25,17 +25,19 @@ from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.lengths import Lengths
 from mllm_cl.data.policy import for_scoring, for_training
 from mllm_cl.evaluate import Answer, answers
-from mllm_cl.memory import Memory, load_tensors
+from mllm_cl.memory import Memory, load_tensors, save_tensors
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.scores import ZERO_SHOT
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
 from mllm_cl.progress import Progress, digest, unfinished
 from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.reload import check_reload
 from mllm_cl.report import draw, show
 from mllm_cl.stopping import Stopped, Stopping
 from mllm_cl.task import Sample, Task, TaskSequence
 from mllm_cl.trainer import check_engine, continual
+from mllm_cl.watchdog import LOADING, WRITING, Steps, Watchdog
 
 
 def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
@@ -48,22 +50,29 @@ def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
     launch calls it.
     """
     folder = Path(recipe.output_dir)
-    sequence = tasks_of(recipe)
     _hush()
+    with Watchdog(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout)) as watchdog:
+        stages = _stages(recipe, watchdog, stopping)
+        if engine.rank() == 0:
+            scores = record.scores_of(recipe, folder, stages)
+            checkpoint.write_json(folder / "scores.json", scores)
+            recipe.save(folder / "recipe.yaml")
+            draw(scores, folder / "scores.png")
+            show(scores)
+        engine.barrier()
+    return folder
+
+
+def _stages(recipe: Recipe, watchdog: Watchdog, stopping: Stopping | None) -> list[int]:
+    """Do the stages that are not done, and return the numbers of all."""
+    sequence = tasks_of(recipe)
     stages = [0, len(sequence)] if recipe.method.trains_once else list(range(len(sequence) + 1))
     for before, stage in zip([None, *stages], stages, strict=False):
-        if not record.is_done(recipe, folder, stage):
-            used = _step(recipe, sequence, stage, folder, before, stopping)
+        if not record.is_done(recipe, Path(recipe.output_dir), stage):
+            used = _step(recipe, sequence, stage, before, watchdog, stopping)
             if engine.outlives_its_task(used) and stage < stages[-1]:
                 _start_afresh()
-    if engine.rank() == 0:
-        scores = record.scores_of(recipe, folder, stages)
-        checkpoint.write_json(folder / "scores.json", scores)
-        recipe.save(folder / "recipe.yaml")
-        draw(scores, folder / "scores.png")
-        show(scores)
-    engine.barrier()
-    return folder
+    return stages
 
 
 def measure(recipe: Recipe, path: Path) -> Memory:
@@ -127,39 +136,46 @@ def _step(
     recipe: Recipe,
     sequence: TaskSequence,
     stage: int,
-    folder: Path,
     before: int | None,
+    watchdog: Watchdog,
     stopping: Stopping | None,
 ) -> str:
     """One stage: the folder of the stage before it, and the recipe, to its own folder; returns the
     engine that it ran on.
     """
-    path, cost = record.stage_folder(folder, stage), Cost()
+    folder, cost = Path(recipe.output_dir), Cost()
+    path = record.stage_folder(folder, stage)
+    watchdog.phase(LOADING)
     memory = (
         _incoming(recipe)
         if before is None
         else Memory.load(record.stage_folder(folder, before) / "memory.safetensors")
     )
     trainer, base = _trainer(recipe, sequence, stage, path, memory)
+    watchdog.follow(trainer.model)
     if stopping is not None:
         trainer.add_callback(_SaveAndStop(stopping))
+    trainer.add_callback(Steps(watchdog, trainer))
     if before:  # stage 0 trained nothing
         record.tell_other_batch(folder, before, trainer.args)
     processor = trainer.data_collator.processor
     earlier = {}
     if before is not None:
-        earlier = load_tensors(record.stage_folder(folder, before) / "state.safetensors")
+        earlier = load_tensors(record.state_file(record.stage_folder(folder, before)))
         restore_state(trainer.model, earlier)
     if stage == 0 and engine.rank() == 0:
         record.tell_what_trains(trainer)
     cost.lap("load")
+    watchdog.phase(f"measuring {trainer.task.name}")
     _train(trainer, stage, path)
     cost.lap("train")
+    watchdog.phase("scoring")
     bare = trainer.bare_model()
     state = trained_state(bare, base)
     made_by = f"{recipe.fingerprint(stage - 1)} {digest(state)}"
     given = _score(recipe, _scored(sequence, stage), bare, processor, path, made_by)
     cost.lap("score")
+    watchdog.phase("measuring drift")
     drift = drifts.measure(
         bare,
         ChatCollator(processor),
@@ -169,6 +185,8 @@ def _step(
         batch_size=recipe.eval.batch_size,
     )
     cost.lap("drift")
+    watchdog.phase(WRITING)
+    _save_state(trainer, state, record.state_file(path))
     outcome = record.Outcome(
         state=state,
         memory=memory,
@@ -190,6 +208,15 @@ def _step(
     engine.barrier()
     _release(trainer)
     return trainer.engine
+
+
+def _save_state(trainer: Trainer, state: dict[str, Tensor], file: Path) -> None:
+    """Write what a stage hands on, and read it again where something was learnt. Collective."""
+    if engine.rank() == 0:
+        save_tensors(state, file)
+    engine.barrier()
+    if trainer.state.global_step > 0:
+        check_reload(trainer, file, state)
 
 
 def _trainer(

@@ -1,7 +1,18 @@
-"""SIGTERM, as schedulers send it before they take a machine away: save, leave, and be run again."""
+"""How a run ends before it is done: by SIGTERM, as schedulers send it before they take a machine
+away (save, leave, and be run again), or by a failure that one message says all about.
+"""
 
 import signal
 from types import FrameType
+
+
+class Failed(RuntimeError):
+    """A run that cannot go on; the message is all that there is to say.
+
+    `everywhere` says whether all processes fail alike; else each that does has to speak.
+    """
+
+    everywhere = True
 
 
 class Stopped(BaseException):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, Trainer
 
-from mllm_cl import checkpoint, engine
+from mllm_cl import checkpoint, engine, preflight
 from mllm_cl.data.chat import ChatCollator, picture_inputs
 from mllm_cl.memory import Memory
 from mllm_cl.method import Method
@@ -22,7 +22,7 @@ from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
 from mllm_cl.model.tower import show_guard_picture
 from mllm_cl.task import Sample, Task
-from mllm_cl.truth import Truth
+from mllm_cl.truth import Trial, Truth
 
 
 @cache
@@ -40,6 +40,8 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
     `train_dataset` is what the method wants to train on: `method.train_set(task, memory, past)`,
     which is the task's own data but for methods with `rehearsal`.
+    `trainer.preflight` says whether the longest samples are tried before step 1 (`preflight.push`):
+    True where there is an accelerator, whose memory ends sooner and where it costs next to nothing.
     Raises ValueError for a launch that would silently train something else, and for an engine on
     which the method cannot keep its promise.
     """
@@ -69,6 +71,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             widen(self.model)
             engine.make_ready(self.accelerator, self.model)
             _guard_tower(self.model, self.data_collator, self.processing_class)
+            self.preflight = torch.accelerator.is_available()
             self.truth = Truth(self)
             self.add_callback(self.truth)
 
@@ -84,7 +87,10 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             """Train the task; afterwards the method has measured it and guards start again from
             zero.
             """
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            finally:
+                self.truth.close()
             self.finish_task()
             return output
 
@@ -126,6 +132,8 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             bare = self.bare_model()
             engine.check_launch(self.accelerator, bare)
             if resume_from_checkpoint is None:
+                if self.preflight:
+                    preflight.push(self)
                 self.method.start_task(
                     bare, self.task, self.memory, self.batches(), engine.sum_over_ranks
                 )
@@ -244,11 +252,15 @@ def learning(
     batches = Calibration(loader.dataset, loader.collate_fn, num_tokens=method.calibration_tokens)
 
     def term(inputs: dict[str, Tensor], outputs: object) -> Tensor | float:
+        trial.judge()
+        trial.look(inputs)
         extra = method.loss(bare, inputs, outputs, memory)
         return 0.0 if extra is None else extra
 
     method.start_task(bare, task, memory, batches, engine.sum_over_ranks)
-    yield term
+    with Trial(bare) as trial:
+        yield term
+        trial.judge()
     method.after_task(bare, task, memory, batches, engine.sum_over_ranks)
     for one in guards(bare).values():
         advance(one)

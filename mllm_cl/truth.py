@@ -3,25 +3,30 @@ ends there, with names, and not days later in a table of scores.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
 
 from mllm_cl import engine
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import guards
-from mllm_cl.model.tower import Sees
+from mllm_cl.model.tower import Sees, guard_picture
+from mllm_cl.stopping import Failed
 
 # A LoRA's B starts at zero, so its A has no gradient in the first step, nor what routes to it.
 STEPS = 3
-JUDGED = ("single", "ddp")  # engines on which this has been seen to work; elsewhere it does nothing
 
 
-class NotTraining(RuntimeError):
+class NotTraining(Failed):
     """Something that should train does not; `names` are the parameters."""
 
     def __init__(self, problem: str, names: tuple[str, ...] = ()) -> None:
@@ -29,12 +34,14 @@ class NotTraining(RuntimeError):
         self.names = names
 
 
-class Truth(TrainerCallback):
-    """Raises NotTraining after a task's first three steps with a learning rate above zero, if
+class Trial:
+    """The first three steps of a task with a learning rate above zero, on any engine; a context
+    manager, opened when the optimizer exists. `judge` raises NotTraining, on all processes, if
 
     * a parameter that trains has had no gradient other than zero,
     * a parameter that trains has not moved. Small steps round away beside large weights, so only
-      steps of at least half of `args.learning_rate` count: three of them, after a warm-up;
+      steps of at least half of the `peak` rate count (None: the rate that a schedule started
+      from): three of them, after a warm-up;
     * a batch had pictures and the vision tower was not called.
 
     Exempt is what has no way to move: a guard that lets nothing through or whose experts all rest,
@@ -44,102 +51,108 @@ class Truth(TrainerCallback):
 
     Nothing is gathered: each process compares a sum of bits of what it keeps, and one sum over the
     processes says whether any of them moved. Runs of fewer steps, and of a learning rate of zero,
-    are not judged, nor are those on ZeRO and FSDP2: nothing happens there (ZeRO has no gradients to
-    look at by the time callbacks come, so weight decay could hide that a parameter got none).
+    are not judged.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.rate = 0.0
-        self._stop()
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Start afresh with what trains now."""
-        self._stop()
-        if self.trainer.engine not in JUDGED:
-            return
-        self.watched = self.trainer.trained()
+    def __init__(self, model: nn.Module, *, peak: float | None = None) -> None:
+        self.model, self.peak = model, peak
+        self.watched = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.before = {name: _bits(weight) for name, weight in self.watched.items()}
-        self.has_gradients = not self.trainer.engine.startswith("zero")
-        self.active = bool(self.watched)
-        whole = _sees(self.trainer.bare_model())
-        if whole is not None:
-            tower = whole.get_encoder(modality="image")
-            self.hook = tower.register_forward_pre_hook(self._enter_tower)
+        self.reached: dict[str, Tensor] = {}
+        self.rate, self.fresh = 0.0, False
+        self.made = self.steps = self.full_steps = self.pictures = self.calls = 0
+        self.judged, self.tower = False, None
+        self.handles: list[RemovableHandle] = []
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Note the rate of the step to come: afterwards the schedule has moved on."""
-        if self.active:
-            self.rate = float(self.trainer._get_learning_rate())
+    def __enter__(self) -> "Trial":
+        if not self.watched:
+            return self
+        self.handles += [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        for name, weight in self.watched.items():
+            # ZeRO has no gradients left when the optimizer steps.
+            if engine.keeps_master(weight):
+                self.handles.append(weight.register_hook(partial(self._arrive, name)))
+        whole = _sees(self.model)
+        if whole is not None:
+            self.tower = whole.get_encoder(modality="image")
+            self.handles.append(self.tower.register_forward_pre_hook(self._enter_tower))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def look(self, inputs: Mapping[str, Any]) -> None:
-        """Note whether a batch that is about to train has pictures."""
-        if self.active:
-            keys = [key for key in inputs if key.startswith("pixel_values")]
-            self.shown = any(inputs[key] is not None for key in keys)
-            self.pictures += int(self.shown)
+        """Note a batch that trains, before its backward, and whether it has pictures."""
+        self.fresh = True
+        keys = [key for key in inputs if key.startswith("pixel_values")]
+        self.pictures += int(any(inputs[key] is not None for key in keys))
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Note which gradients are other than zero; nothing waits for the device here."""
-        if not self.active or not self.has_gradients:
+    def judge(self) -> None:
+        """Judge where enough steps were made: of gradients, and later of movement. Collective
+        then.
+        """
+        last = self.full_steps >= STEPS
+        first = self.steps >= STEPS and not self.judged
+        if self.handles and (first or last):
+            self.judged = True
+            if last:
+                self.close()
+            self._judge(moved=last)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # ZeRO steps once for each of its partitions: only the first after a batch is a step.
+        if not self.fresh:
             return
+        self.rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        peak = self.peak or max(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups)
+        self.full = self.rate > 0 and self.rate >= peak / 2
         for name, weight in self.watched.items():
             if weight.grad is not None:
-                found = engine.local(weight.grad).count_nonzero()
-                self.reached[name] = self.reached[name] + found if name in self.reached else found
+                self._arrive(name, engine.local(weight.grad))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        """Judge, once enough steps were made. Collective then."""
-        if not self.active or self.trainer.accelerator.optimizer_step_was_skipped:
-            return
-        self.steps += int(self.rate > 0)
-        self.full_steps += int(self.rate > 0 and self.rate >= args.learning_rate / 2)
-        first = self.steps == STEPS and self.rate > 0
-        last = self.full_steps == STEPS
-        if first or last:
-            self._judge(state.global_step, moved=last)
-        if last:
-            self._stop()
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.fresh:
+            self.made += 1
+            self.steps += int(self.rate > 0)
+            self.full_steps += int(self.full)
+            self.fresh = False
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Take the hook off a run that was too short to be judged."""
-        self._stop()
-
-    def _stop(self) -> None:
-        hook = vars(self).get("hook")
-        if hook is not None:
-            hook.remove()
-        self.hook = None
-        self.active = self.has_gradients = self.shown = False
-        self.steps = self.full_steps = self.pictures = self.calls = 0
-        self.watched: dict[str, nn.Parameter] = {}
-        self.before: dict[str, Tensor | None] = {}
-        self.reached: dict[str, Tensor] = {}
+    def _arrive(self, name: str, gradient: Tensor) -> None:
+        found = gradient.count_nonzero()  # nothing waits for the device here
+        self.reached[name] = self.reached[name] + found if name in self.reached else found
 
     def _enter_tower(self, tower: nn.Module, args: tuple) -> None:
-        self.calls += int(self.shown)
+        guard = guard_picture(self.model)
+        self.calls += int(guard is None or not guard.shown)
 
-    def _judge(self, step: int, *, moved: bool) -> None:
-        names = list(self.watched)
+    def _judge(self, *, moved: bool) -> None:
+        names, steps = list(self.watched), f"in {self.made} steps"
         reached = [name in self.reached and bool(self.reached[name] > 0) for name in names]
         change = [_differ(self.before[name], _bits(self.watched[name])) for name in names]
         told = [float(self.pictures), float(self.calls), *map(float, [*reached, *change])]
         pictures, calls, *found = engine.sum_over_ranks(torch.tensor(told)).tolist()
-        exempt = _exempt(self.trainer.bare_model(), names, seen=pictures > 0)
-        if pictures and not calls and self.hook is not None:
+        exempt = _exempt(self.model, names, seen=pictures > 0)
+        if pictures and not calls and self.tower is not None:
             raise NotTraining(
-                f"{pictures:.0f} batches had pictures, but in {step} steps the vision tower was "
-                "never called: the model answers without looking. Check that the collator's "
+                f"{pictures:.0f} batches had pictures, but {steps} the vision tower was never "
+                "called: the model answers without looking. Check that the collator's "
                 "'pixel_values' are what the model's forward takes."
             )
         named = {name: pair for name, *pair in zip(names, found, found[len(names) :], strict=False)}
         named = {name: pair for name, pair in named.items() if name not in exempt}
         without = [name for name, (gradient, _) in named.items() if not gradient]
-        if self.has_gradients and without:
+        if without:
             raise NotTraining(
-                f"in {step} steps {len(without)} of {len(names)} trained tensors had no gradient: "
+                f"{steps} {len(without)} of {len(names)} trained tensors had no gradient: "
                 f"{_listed(without)}. The loss does not depend on them, so they cannot learn. "
                 "Leave them out of what trains (lora_target_modules, train_router), or let the "
                 "model's forward use them.",
@@ -148,11 +161,39 @@ class Truth(TrainerCallback):
         still = [name for name, (_, change) in named.items() if not change]
         if moved and still:
             raise NotTraining(
-                f"in {step} steps {len(still)} of {len(names)} trained tensors have not moved: "
+                f"{steps} {len(still)} of {len(names)} trained tensors have not moved: "
                 f"{_listed(still)}. Either the optimizer does not hold them, or the learning rate "
                 f"({self.rate:g}) is lost in rounding. Raise it, or leave them out of what trains.",
                 tuple(still),
             )
+
+
+class Truth(TrainerCallback):
+    """Puts every task that a Trainer trains on `Trial`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.trial: Trial | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start afresh with what trains now."""
+        self.close()
+        self.trial = Trial(self.trainer.bare_model(), peak=args.learning_rate).__enter__()
+
+    def look(self, inputs: Mapping[str, Any]) -> None:
+        """Note a batch that is about to train."""
+        if self.trial is not None:
+            self.trial.look(inputs)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Judge, once enough steps were made. Collective then."""
+        self.trial.judge()
+
+    def close(self) -> None:
+        """Take all hooks off, also those of a run that was too short to be judged."""
+        if self.trial is not None:
+            self.trial.close()
+            self.trial = None
 
 
 def _bits(weight: Tensor) -> Tensor | None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 NUM_STEPS, DISPLACED_AT = 20, 5
 
 
@@ -67,6 +69,9 @@ def cases() -> list[Case]:
         Case(method, kind, False, 1, mixed=True)
         for method, kind in (("finetune", "qwen3-vl-moe"), ("same", "llava"))
     ]
+
+
+FLAWED = Case("finetune", "llava", False, 1)
 
 
 def shard_on_cpu() -> None:
@@ -169,15 +174,60 @@ def train(case: Case, models: Path, memory, folder: Path) -> tuple[list[float], 
     return losses, {name: tensor.detach().cpu() for name, tensor in found.items()}, leaks
 
 
+def never_called(model) -> None:
+    """Let a module train that no forward uses."""
+    model.spare = torch.nn.Linear(2, 3, bias=False)
+
+
+def cut_off(model) -> None:
+    """Take the first adapter out of the graph."""
+    first = next(module for name, module in model.named_modules() if "lora_B." in name)
+    first.register_forward_hook(lambda module, args, output: output.detach())
+
+
+def blind(model) -> None:
+    """Let the model answer without looking."""
+    forward = model.forward
+    model.forward = lambda pixel_values=None, **inputs: forward(**inputs)
+
+
+def lost_in_rounding(model) -> None:
+    """Leave the model as it is: the rate is too small."""
+
+
+FLAWS = (never_called, cut_off, blind, lost_in_rounding)
+
+
+def verdicts(models: Path, folder: Path) -> dict[str, list[str]]:
+    """What training says to each flaw, once per process; "trained" where it notices nothing."""
+    from mllm_cl import engine
+    from mllm_cl.truth import NotTraining
+
+    found = {}
+    for flaw in FLAWS:
+        trainer = make_trainer(FLAWED, models, None, folder, "arrow")
+        flaw(trainer.model)
+        if flaw is lost_in_rounding:
+            trainer.args.learning_rate, trainer.args.weight_decay = 1e-30, 0.0
+        try:
+            trainer.train()
+            said = "trained"
+        except NotTraining as error:
+            said = str(error)
+        found[flaw.__name__] = engine.gather([said])
+        trainer.accelerator.free_memory()
+    return found
+
+
 def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str, callbacks=()):
     """The Trainer of one cell: a global batch of eight however it is cut, every engine alike."""
-    from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, TrainingArguments, set_seed
 
     from mllm_cl import Task, continual
     from mllm_cl.data.chat import ChatCollator
     from mllm_cl.data.toy import toy_task
     from mllm_cl.metrics.answers import metric
-    from mllm_cl.model.load import load_model
+    from mllm_cl.model.load import load_model, load_processor
     from mllm_cl.recipe import ModelBlock
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -200,12 +250,11 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
         seed=3,
     )
     set_seed(3)
-    where = models / case.kind
-    model = load_model(ModelBlock(model_name_or_path=str(where)))
-    processor = AutoProcessor.from_pretrained(where)
+    block = ModelBlock(model_name_or_path=str(models / case.kind))
+    model, processor = load_model(block), load_processor(block)
     samples = toy_task(task_name, "train", 160)
     samples = Mixed(samples) if case.mixed else samples
-    return continual(Trainer)(
+    trainer = continual(Trainer)(
         model=model,
         args=arguments,
         train_dataset=samples,
@@ -215,17 +264,20 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
         memory=memory,
         callbacks=list(callbacks),
     )
+    trainer.preflight = world > 1  # no number of the matrix may differ by it
+    return trainer
 
 
 def main(out: Path, models: Path) -> None:
     expected = prepare_launch()
-    import torch
     from safetensors.torch import save_file
 
     from mllm_cl import Memory, engine
 
     torch.set_num_threads(1)
     result, tensors = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        said = verdicts(models, Path(folder))
     for case in cases():
         past = out / f"memory-{case.method}-{case.kind}-{case.mixed}.safetensors"
         with tempfile.TemporaryDirectory() as folder:
@@ -242,6 +294,7 @@ def main(out: Path, models: Path) -> None:
             out / f"{expected}.safetensors",
         )
         (out / f"{expected}.json").write_text(json.dumps(result))
+        (out / f"{expected}-verdicts.json").write_text(json.dumps(said))
     engine.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

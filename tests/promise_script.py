@@ -1,5 +1,6 @@
-"""What engines promise besides the losses of a Trainer: a loop of one's own learns the same, small
-updates of a bf16 model arrive, and scores before and after training are of one precision.
+"""What engines promise besides the losses of a Trainer: a loop of one's own learns the same, and
+notices what does not train, small updates of a bf16 model arrive, and scores before and after
+training are of one precision.
 
 python promise_script.py OUT MODELS      # OUT/promise-ENGINE.safetensors
 torchrun --standalone --nproc_per_node 2 promise_script.py OUT MODELS
@@ -10,26 +11,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine_script import Case, method_of, prepare_launch, remember
+from engine_script import FLAWED, Case, cut_off, method_of, prepare_launch, remember
 
 NUM_STEPS, RATE = 6, 1e-5
 LOOPS = [Case("same", "llava", False, 1), Case("same", "qwen3-vl-moe", False, 1)]
 
 
-def loop(case: Case, models: Path, memory) -> dict:
-    """Losses and displacements of two tasks, learnt in a loop over what accelerate prepared."""
+def loop(case: Case, models: Path, memory, flaw=lambda model: None) -> dict:
+    """Losses and displacements of two tasks, learnt in a loop over what accelerate prepared; the
+    model gets a flaw before it is wrapped.
+    """
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import set_seed
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     from mllm_cl import Task, engine, learning
-    from mllm_cl.data.chat import ChatCollator
     from mllm_cl.data.toy import toy_task
     from mllm_cl.metrics.answers import metric
     from mllm_cl.model.surgery import guards
+    from toy_run import collator_of
 
     # As TrainingArguments does: else FSDP2 looks for the first model's blocks in the second.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -39,12 +42,13 @@ def loop(case: Case, models: Path, memory) -> dict:
     set_seed(3)
     with engine.unsharded_loading():
         model = AutoModelForImageTextToText.from_pretrained(models / case.kind, dtype=torch.float32)
-    collator = ChatCollator(AutoProcessor.from_pretrained(models / case.kind))
+    collator = collator_of(models / case.kind)
     method, losses = method_of(case), []
     for index, name in enumerate(("arrow", "colour")):
         samples = toy_task(name, "train", 8 * NUM_STEPS)
         task = Task(name, index + 1, samples, samples, metric("exact_match"))
         method.before_task(model, task, memory)
+        flaw(model)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
         loader = DataLoader(samples, batch_size=8 // accelerator.num_processes, collate_fn=collator)
@@ -66,6 +70,22 @@ def loop(case: Case, models: Path, memory) -> dict:
     found = {f"{case.name}::moved::{key}": one.displacement for key, one in guards(model).items()}
     found |= {f"{case.name}::memory::{key}": memory[key] for key in memory}
     return {f"{case.name}::losses": torch.stack(losses) / accelerator.num_processes, **found}
+
+
+def verdict(models: Path) -> dict:
+    """How many tensors a loop names, on each process, where an adapter is out of the graph."""
+    import torch
+
+    from mllm_cl import Memory, engine
+    from mllm_cl.truth import NotTraining
+
+    try:
+        loop(FLAWED, models, Memory(), cut_off)
+        named = 0
+    except NotTraining as error:
+        assert "had no gradient" in str(error)
+        named = len(error.names)
+    return {"flawed::named": torch.tensor(engine.gather([named]))}
 
 
 def trainer_of(models: Path, folder: Path, *, dtype: str, rate: float, use_peft: bool):
@@ -156,6 +176,7 @@ def main(out: Path, models: Path) -> None:
             if expected == "single" and not past.exists():
                 remember(case, models, folder).save(past)
             found |= loop(case, models, Memory.load(past))
+        found |= verdict(models)
         for use_peft in (True, False):
             found |= steps(models, folder, use_peft=use_peft)
         for trains in (False, True):

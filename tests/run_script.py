@@ -1,11 +1,14 @@
-"""Runs a recipe on whatever engine this process was launched with: `run_script.py RECIPE [--KEY
-VALUE ...]`.
+"""The command `mllm-cl run` on whatever engine this process was launched with: `run_script.py
+RECIPE [--KEY VALUE ...]`.
 
 With KILL_AT_STEP in the environment, every process ends at once after that step was made and saved.
-With FOOTPRINT, each process appends a line of memory, open files, children and its own number per
-stage.
+With SEEN, each process appends a line per batch that it trains on: the step, and a digest of every
+sample's picture. With FOOTPRINT, each process appends a line of memory, open files, children and
+its own number per stage.
 """
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,15 +28,32 @@ def write_footprint(folder: Path) -> None:
         file.write(line)
 
 
+def write_what_is_seen(folder: Path) -> None:
+    """From here on, a line per batch of every Trainer."""
+    from transformers import Trainer
+
+    step = Trainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        pictures = [picture.numpy().tobytes() for picture in inputs["pixel_values"]]
+        seen = [hashlib.sha256(picture).hexdigest()[:8] for picture in pictures]
+        with open(folder / os.environ.get("RANK", "0"), "a") as file:
+            file.write(json.dumps([self.task.name, self.state.global_step, seen]) + "\n")
+        return step(self, model, inputs, *args, **kwargs)
+
+    Trainer.training_step = training_step
+
+
 def main() -> None:
     prepare_launch()
     import torch
     from transformers import Trainer
 
-    from mllm_cl import runner
-    from mllm_cl.recipe import Recipe
+    from mllm_cl import cli, runner
 
     torch.set_num_threads(1)
+    if "SEEN" in os.environ:
+        write_what_is_seen(Path(os.environ["SEEN"]))
     kill_at = int(os.environ.get("KILL_AT_STEP", "0"))
     if kill_at:
         step = Trainer.training_step
@@ -53,9 +73,10 @@ def main() -> None:
             return used
 
         runner._step = watched
-    runner.run(Recipe.load(sys.argv[1], sys.argv[2:]))
+    code = cli.main(["run", *sys.argv[1:]])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def main() -> None:
     for life in range(lives):
         folder, codes = root / f"life-{life}", []
         while not codes or codes[-1] != 0:
-            codes.append(
-                cut_off([recipe, "--output_dir", str(folder)], number, rng.uniform(0.1, 1.0) * took)
-            )
+            # Longer with every life: a machine that has become busy would let none of them finish.
+            after = rng.uniform(0.1, 1.0) * took * (1 + len(codes) / 16)
+            codes.append(cut_off([recipe, "--output_dir", str(folder)], number, after))
             if codes[-1] not in (0, 3, -number):
                 break
         told["lives"].append([codes, digests(folder)])

@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from mllm_cl import record
 from mllm_cl.data import fingerprint, read
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.errors import DataError
 from mllm_cl.data.lengths import Lengths
-from mllm_cl.data.policy import for_scoring, for_training
+from mllm_cl.data.policy import for_scoring, for_training, skipped
 from mllm_cl.data.toy import toy_task
 from mllm_cl.model.tiny import KINDS, toy_processor
+from mllm_cl.task import Task, TaskSequence
 from own_data import png, question_rows, write_example, write_jsonl, write_parquet
 
 
@@ -69,6 +71,26 @@ def test_what_replaces_a_row_does_not_depend_on_what_was_read_before(tmp_path):
     for workers in (0, 2):
         loader = DataLoader(for_training(samples, policy, None), None, num_workers=workers)
         assert [sample["id"] for sample in loader] == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_rows_are_known_by_file_and_row(workers, tmp_path):
+    """Also those that only a worker of the loader has met."""
+    policy = Block(on_error="skip", error_budget=0.5)
+    samples = damaged(tmp_path, 3, 9)
+    train, scored = for_training(samples, policy, None), for_scoring(samples, policy, None)
+    assert skipped(train) == []
+    list(DataLoader(train, None, num_workers=workers))
+    file = f"{tmp_path}/train.jsonl"
+    assert skipped(train) == skipped(scored) == [(file, 4), (file, 10)]
+    assert len(scored) == 8 and skipped(toy_task("arrow", "train", 2)) == []
+
+
+def test_the_budget_counts_what_all_workers_have_met(tmp_path):
+    policy = Block(on_error="skip", error_budget=0.1)
+    train = for_training(damaged(tmp_path, 0, 1), policy, None)
+    with pytest.raises(DataError, match="2 of 10 rows cannot be used, 1 may"):
+        list(DataLoader(train, None, num_workers=2))
 
 
 def test_the_budget_is_at_least_one_row_and_beyond_it_all_are_listed(tmp_path):
@@ -184,7 +206,7 @@ def test_what_the_processor_refuses_is_named_within_its_batch(tmp_path, prompt_o
     collate = ChatCollator(toy_processor("qwen3-vl-moe"), prompt_only=prompt_only)
     with pytest.raises(DataError, match="row 2: sample own-1: the processor refuses it: absolute"):
         collate([samples[0], samples[1]])
-    with pytest.raises(DataError, match="row 3: sample own-2: the processor refuses it: The total"):
+    with pytest.raises(DataError, match=r"row 3: sample own-2: the processor refuses it: \w"):
         collate([samples[0], samples[2]])
     with pytest.raises(DataError, match="row 2: sample own-1: the processor refuses it"):
         for_training(samples, Block(max_length=500), Lengths(collate.processor))
@@ -215,3 +237,15 @@ def test_rows_of_bytes_are_skipped_as_those_of_files_are(tmp_path):
     samples = read(str(tmp_path), "train", None, 0)
     assert ids(for_training(samples, Block(on_error="skip"), None))[1] == "train-3"
     assert json.dumps(samples[0]["messages"])
+
+
+def test_the_manifest_of_a_stage_names_the_skipped_rows(tmp_path):
+    policy = Block(on_error="skip", error_budget=0.5)
+    samples = damaged(tmp_path, 3)
+    row = [samples.place(3)]
+    task = Task(
+        "own", 1, for_training(samples, policy, None), for_scoring(samples, policy, None), len
+    )
+    assert record.skipped_rows(TaskSequence((task,))) == {"own": {"eval": row}}
+    ids(task.train)
+    assert record.skipped_rows(TaskSequence((task,))) == {"own": {"train": row, "eval": row}}

@@ -6,6 +6,7 @@ Losses are compared over 20 steps (chaos takes over later: a difference of 1e-7 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,13 +40,15 @@ LAUNCHES: dict[str, tuple[list[str], dict[str, str]]] = {
     "fsdp2": (TORCHRUN, SHARDED),
 }
 
+EIGHT = "--training.per_device_train_batch_size=8"
+
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
 
 
 def launch(
     engine: str, script: str, *arguments: str, words: Sequence[str] = (), returns: int = 0, **extra
-) -> None:
-    """Run a script of this folder on an engine; its output is shown where it fails.
+) -> str:
+    """Run a script of this folder on an engine, and return what it said; shown where it fails.
 
     `words` go to the launcher, `extra` into the environment; `returns` is the expected exit code.
     """
@@ -61,28 +64,32 @@ def launch(
     assert done.returncode == returns, (
         f"{engine} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     )
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def results(tiny_folder, tmp_path_factory):
-    """What one process found, and a function that runs another engine on the same memories."""
+    """What an engine found: losses and leaks, tensors, and what it said to flaws. All but one
+    process go on from its memories, so that comes first.
+    """
     out = tmp_path_factory.mktemp("engines")
     models = tiny_folder["llava"].parent
 
-    def of(engine: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    def of(engine: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, list[str]]]:
         if not (out / f"{engine}.json").exists():
             launch(engine, "engine_script.py", str(out), str(models))
-        return json.loads((out / f"{engine}.json").read_text()), load_file(
-            out / f"{engine}.safetensors"
+        found, said = (
+            json.loads((out / f"{engine}{kind}.json").read_text()) for kind in ("", "-verdicts")
         )
+        return found, load_file(out / f"{engine}.safetensors"), said
 
     return of
 
 
 @pytest.mark.parametrize("engine", [name for name in LAUNCHES if name != "single"])
 def test_the_engine_gives_the_numbers_of_one_process(engine, results):
-    alone, alone_tensors = results("single")
-    found, tensors = results(engine)
+    alone, alone_tensors, _ = results("single")
+    found, tensors, _ = results(engine)
     for case in cases():
         losses = torch.tensor([alone[case.name]["losses"], found[case.name]["losses"]])
         assert losses.shape == (2, 20)
@@ -101,7 +108,7 @@ def test_the_engine_gives_the_numbers_of_one_process(engine, results):
 
 
 def test_checkpointing_and_accumulation_change_nothing(results):
-    found, _ = results("single")
+    found, _, _ = results("single")
     for case in cases():
         plain = found[replace(case, checkpointing=False, accumulation=1).name]["losses"]
         difference = torch.tensor(plain) - torch.tensor(found[case.name]["losses"])
@@ -110,10 +117,32 @@ def test_checkpointing_and_accumulation_change_nothing(results):
 
 def test_same_protects_something_in_this_matrix(results):
     """The leaks above would be zero for guards that forbid nothing."""
-    _, tensors = results("single")
+    _, tensors, _ = results("single")
     moved = [name for name in tensors if name.startswith("same/") and "::moved::" in name]
     assert moved
     assert all(tensors[name].abs().max() > 0 for name in moved if "experts" not in name)
+
+
+UNUSED = r"in 3 steps 1 of 19 trained tensors had no gradient: spare\.weight\."
+CUT = r"in 3 steps 2 of 18 trained tensors had no gradient: .*lora_A.*lora_B.*"
+BLIND = r"[36] batches had pictures, but in 3 steps the vision tower was never called"
+STILL = r"in 3 steps 9 of 18 trained tensors have not moved: .*lora_A"
+
+
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_every_process_names_what_does_not_train(engine, results):
+    """The sound runs of the matrix are judged alike, and pass."""
+    said = results(engine)[2]
+    kinds = (
+        ("never_called", UNUSED),
+        ("cut_off", CUT),
+        ("blind", BLIND),
+        ("lost_in_rounding", STILL),
+    )
+    for flaw, expected in kinds:
+        assert len(said[flaw]) == (1 if engine == "single" else 2), flaw
+        for words in said[flaw]:
+            assert re.match(expected, words), words
 
 
 # What else an engine owes: promise_script.py
@@ -148,6 +177,13 @@ def test_a_loop_of_ones_own_learns_on_the_engine_what_it_learns_alone(engine, pr
             assert apart < (1e-2 if "::moved::" in name else 1e-3), name
         else:
             assert torch.equal(found[name], alone[name]), name
+
+
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_a_loop_of_ones_own_names_what_does_not_train(engine, promises):
+    """On every process: both matrices of the adapter that is out of the graph."""
+    processes = 1 if engine == "single" else 2
+    assert promises(engine)["flawed::named"].tolist() == [2] * processes
 
 
 @pytest.mark.parametrize("engine", LAUNCHES)
@@ -204,9 +240,23 @@ def manifests(folder: Path) -> list[dict]:
 def run_alone(tiny_folder, tmp_path_factory) -> Path:
     """The folder of a whole run of one process, which takes eight samples at once."""
     folder = tmp_path_factory.mktemp("alone")
-    eight = "--training.per_device_train_batch_size=8"
-    launch("single", "run_script.py", str(recipe(folder, tiny_folder["llava"])), eight)
+    path = str(recipe(folder, tiny_folder["llava"]))
+    launch("single", "run_script.py", path, EIGHT, SEEN=str(made(folder / "seen")))
     return folder / "run"
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def seen(folder: Path) -> dict[tuple[str, int], list[str]]:
+    """The samples of every step in their order, from what each process wrote."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for file in sorted(folder.iterdir()):
+        for task, step, samples in map(json.loads, file.read_text().splitlines()):
+            found.setdefault((task, step), []).extend(samples)
+    return found
 
 
 def rows(path: Path) -> list[dict]:
@@ -242,6 +292,16 @@ def test_the_stage_and_the_precision_of_a_launch_are_deepspeeds_own(tiny_folder,
         assert (made["engine"], made["mixed_precision"]) == ("zero2", "bf16")
 
 
+def test_two_processes_that_do_not_train_end_with_one_message(tiny_folder, tmp_path):
+    """Seen on ZeRO-1, which has no row of its own above. The launcher adds words of its own."""
+    path = str(recipe(tmp_path, tiny_folder["llava"]))
+    words = ["--zero_stage", "1", "--mixed_precision", "bf16"]
+    still = "--training.learning_rate=1e-30"
+    told = launch("zero2", "run_script.py", path, still, words=words, returns=1)
+    assert len(re.findall(r"mllm-cl: in 3 steps .* have not moved", told)) == 1, told[-3000:]
+    assert "NotTraining" not in told
+
+
 def test_zero3_by_a_deepspeed_file_runs_all_stages(tiny_folder, tmp_path, monkeypatch):
     """The launch file names no stage; each task gets a fresh image of the process all the same."""
     sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
@@ -262,15 +322,26 @@ def test_zero3_by_a_deepspeed_file_runs_all_stages(tiny_folder, tmp_path, monkey
     assert {made["engine"] for made in manifests(tmp_path / "run")} == {"zero3"}
 
 
+@pytest.mark.parametrize(("first", "then"), [("ddp", "single"), ("single", "ddp")])
 def test_a_task_goes_on_with_other_processes_where_the_effective_batch_stays(
-    run_alone, tiny_folder, tmp_path
+    run_alone, tiny_folder, tmp_path, first, then
 ):
-    """Killed on two processes with four samples each, finished on one with eight."""
+    """Two processes with four samples each, one with eight: every step sees the same samples."""
     path = str(recipe(tmp_path, tiny_folder["llava"]))
+    words = {"ddp": [path], "single": [path, EIGHT]}
+    before, after = made(tmp_path / "before"), made(tmp_path / "after")
     # torchrun exits with 1 where a process exits with 9
-    launch("ddp", "run_script.py", path, KILL_AT_STEP="3", returns=1)
+    code = 1 if first == "ddp" else 9
+    launch(first, "run_script.py", *words[first], returns=code, KILL_AT_STEP="3", SEEN=str(before))
     assert (tmp_path / "run/task_1/checkpoint-2/complete.json").exists()
-    launch("single", "run_script.py", path, returns=1)
-    assert not (tmp_path / "run/task_1/scores.json").exists(), "four samples a step are refused"
-    launch("single", "run_script.py", path, "--training.per_device_train_batch_size=8")
+    if then == "single":
+        launch(then, "run_script.py", path, returns=2)
+        assert not (tmp_path / "run/task_1/scores.json").exists(), "four samples a step are refused"
+    launch(then, "run_script.py", *words[then], SEEN=str(after))
+    whole = seen(run_alone.parent / "seen")
+    assert {len(samples) for samples in whole.values()} == {8}
+    early, late = seen(before), seen(after)
+    assert sorted(early) == [("arrow", step) for step in range(3)]
+    assert sorted(late) == sorted(whole.keys() - {("arrow", 0), ("arrow", 1)})
+    assert early.items() <= whole.items() and late.items() <= whole.items()
     assert_ends_alike(tmp_path / "run", run_alone)

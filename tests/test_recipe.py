@@ -233,6 +233,7 @@ WRONG = [
     ("training.output_dir", "x", "training.output_dir"),
     ("training.seed", 1, "training.seed"),
     ("training.do_train", True, "training.do_train"),
+    ("training.auto_find_batch_size", True, "training.auto_find_batch_size"),
     ("training.resume_from_checkpoint", True, "training.resume_from_checkpoint"),
     ("training.eval_strategy", "no", "training.eval_strategy"),
     ("training.deepspeed", "z.json", "training.deepspeed"),

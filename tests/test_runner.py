@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from mllm_cl import checkpoint, continual, load_method
-from mllm_cl.data.chat import ChatCollator
+from mllm_cl import checkpoint, continual, load_method, record
 from mllm_cl.model.surgery import guards
 from survive_script import digests
-from toy_run import load, toy_tasks
+from toy_run import collator_of, load, toy_tasks
 
 HERE = Path(__file__).parent
 
@@ -147,7 +147,7 @@ def test_a_finished_run_bears_the_same_batch_cut_otherwise_and_no_other(finished
         run_in_process(path, fours)
 
 
-def trainer_of(folder: Path, out: Path, **settings):
+def trainer_of(folder: Path, out: Path, *, activation: str = "paper", **settings):
     """A Trainer that learns one task in four steps and saves after each."""
     task = toy_tasks()[0]
     arguments = TrainingArguments(
@@ -166,8 +166,10 @@ def trainer_of(folder: Path, out: Path, **settings):
         model=load(folder),
         args=arguments,
         train_dataset=task.train,
-        data_collator=ChatCollator(AutoProcessor.from_pretrained(folder)),
-        method=load_method("same")(num_experts=2, lora_target_modules=("q_proj",)),
+        data_collator=collator_of(folder),
+        method=load_method("same")(
+            num_experts=2, lora_target_modules=("q_proj",), activation=activation
+        ),
         task=task,
     )
 
@@ -196,6 +198,16 @@ def test_a_task_goes_on_with_the_same_batch_cut_otherwise_and_with_no_other(tiny
         assert (found - expected).norm() < 1e-4 * expected.norm(), name
 
 
+def test_the_released_rule_goes_on_with_its_averages_in_the_middle_of_a_task(tiny_folder, tmp_path):
+    settings = {"activation": "released", "per_device_train_batch_size": 8}
+    whole = trainer_of(tiny_folder["llava"], tmp_path, **settings)
+    whole.train()
+    resumed = trainer_of(tiny_folder["llava"], tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any(name.endswith("/importance") for name in whole.memory)
+    assert all(torch.equal(resumed.memory[name], whole.memory[name]) for name in whole.memory)
+
+
 def test_samples_ordered_by_length_need_the_number_of_processes_that_began(tiny_folder, tmp_path):
     """Such samplers look at what one process takes, so another number would see other samples."""
     written = {"effective_batch": 8, "per_device_batch": 4, "accumulation": 1, "world_size": 2}
@@ -217,3 +229,12 @@ def test_the_same_command_goes_on_in_the_middle_of_a_task(finished, tiny_folder,
     assert list((tmp_path / "run" / "task_1").glob("checkpoint-*/complete.json"))
     run_in_process(path)
     assert digests(tmp_path / "run") == digests(folder)
+
+
+def test_a_weight_that_can_learn_nothing_any_more_is_named(capsys):
+    record.tell_what_held(
+        {"gate": {"occupancy": 1.0, "leak": 0.0}, "q": {"occupancy": 0.5, "leak": 1e-7}}
+    )
+    told = capsys.readouterr().out
+    assert "2 of 2 guards forbade 75% of their directions" in told
+    assert "1 of 2 weights have no direction left to learn in, such as gate" in told

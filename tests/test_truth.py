@@ -1,15 +1,19 @@
 """A run in which something does not train ends after its first steps, with names."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as optimizers
 from transformers import AutoModelForImageTextToText
 
-from mllm_cl import Memory, load_method
+from mllm_cl import Memory, cli, load_method, runner
 from mllm_cl.model.surgery import only_train
+from mllm_cl.reload import NotSaved
 from mllm_cl.truth import NotTraining
+from test_runner import recipe, run_in_process
 from toy_run import learn, toy_tasks
 
 SETTINGS = {"lora_target_modules": ("q_proj", "down_proj"), "train_router": False}
@@ -63,6 +67,50 @@ def test_pictures_that_never_reach_the_tower_are_an_error(model, tiny_folder):
         train(model, tiny_folder["llava"], load_method("finetune"))
 
 
-def test_a_run_that_is_stopped_leaves_no_hook(model, tiny_folder):
-    train(model, tiny_folder["llava"], load_method("finetune"))
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--training.learning_rate 1e-30", r"in 3 steps \d+ of \d+ .* have not moved: .*"),
+        (
+            "--training.learning_rate 1e30 --training.max_grad_norm 0",
+            r"\d+ .* hold NaN or infinity, .*",
+        ),
+    ],
+)
+def test_a_run_that_fails_says_so_in_one_message_with_code_1(
+    words, said, tiny_folder, tmp_path, capsys
+):
+    """Neither is a traceback: the command returns."""
+    path = recipe(tmp_path, tiny_folder["llava"])
+    assert cli.main(["run", str(path), *words.split()]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mllm-cl")]
+    assert len(told) == 1 and re.fullmatch(f"mllm-cl: {said}", told[0]), told
+
+
+def test_a_run_that_was_judged_leaves_no_hook(model, tiny_folder):
+    """The optimizers' hooks are torch's own, common to all."""
+    train(model, tiny_folder["llava"], load_method("finetune"), steps=2)
+    with pytest.raises(NotTraining):
+        train(model, tiny_folder["llava"], Spare)
+    assert not optimizers._global_optimizer_pre_hooks
+    assert not optimizers._global_optimizer_post_hooks
     assert not model.get_encoder(modality="image")._forward_pre_hooks
+
+
+@pytest.mark.parametrize("spoil", [lambda value: value * 0, lambda value: value * 1.5])
+def test_a_state_that_does_not_give_back_what_was_learnt_is_not_kept(
+    spoil, tiny_folder, tmp_path, monkeypatch
+):
+    """A disk, or a filter of names, that loses one tensor of many."""
+    whole = runner.save_tensors
+
+    def losing(state, file) -> None:
+        name = next(name for name in state if ".lora_B" in name or name.endswith("::displacement"))
+        whole(state | {name: spoil(state[name])}, file)
+
+    monkeypatch.setattr(runner, "save_tensors", losing)
+    path = recipe(tmp_path, tiny_folder["llava"], "finetune")
+    with pytest.raises(NotSaved, match="task_1/state.safetensors does not give back"):
+        run_in_process(path, "--training.learning_rate", "1e-2")
+    assert (tmp_path / "run/task_0/complete.json").exists()
+    assert not (tmp_path / "run/task_1/complete.json").exists()

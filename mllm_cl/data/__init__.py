@@ -4,7 +4,10 @@ both.
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from mllm_cl.data.errors import DataError
 from mllm_cl.task import Sample
@@ -15,6 +18,7 @@ def read(data: str, split: str, size: int | None, seed: int, **args: object) -> 
 
     `size` takes the first samples of the split, None all; toy tasks have 2000 to train and 200 to
     test, and one of the `args`, `shift`; for all else they are `mllm_cl.data.source.reading`'s.
+    `${NAME}/vl` begins with what the environment says, `${NAME:-PLACE}/vl` with PLACE without it.
     Raises DataError, a ValueError, for what cannot be read; a row that cannot be used raises it
     when it is asked for.
     """
@@ -30,7 +34,24 @@ def read(data: str, split: str, size: int | None, seed: int, **args: object) -> 
     from mllm_cl.data.source import open_samples
     from mllm_cl.data.source.reading import Reading
 
-    return open_samples(data, split, size, Reading.of(args))
+    place = _filled(data)
+    if place != data and not Path(place).expanduser().exists():
+        problem = f"no such file or folder. The recipe has {data}: set that variable to its place"
+        raise DataError(problem, place)
+    return open_samples(place, split, size, Reading.of(args))
+
+
+def _filled(data: str) -> str:
+    """The path with `${NAME}` and `${NAME:-PLACE}` replaced, as a shell does."""
+
+    def value(found: re.Match) -> str:
+        name, place = found["name"], found["place"]
+        text = os.environ.get(name) or place
+        if text is None:
+            raise DataError(f"the environment has no {name}; set it to a folder", data)
+        return text
+
+    return re.sub(r"\$\{(?P<name>\w+)(:-(?P<place>[^}]*))?\}", value, data)
 
 
 def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from mllm_cl.data.chat import too_long
 from mllm_cl.data.errors import DataError
 from mllm_cl.data.lengths import Lengths
@@ -48,7 +51,7 @@ def for_scoring(
     if policy.on_error == "skip" and isinstance(samples, Samples):
         bad = Tolerant(samples, _allowed(samples, policy), quiet=not _first())
         good = [place for place in range(len(samples)) if bad.good(place)]
-        samples = samples.select(good) if bad.problems else samples
+        samples = samples.select(good, list(bad.problems.values())) if bad.problems else samples
     return _that_fit(samples, policy, lengths)
 
 
@@ -57,13 +60,19 @@ class Tolerant(Sequence):
     """Samples of which up to `allowed` may be bad; the next good one takes the place of each.
 
     `problems` are those met so far, each told as it is met: with several processes every one meets
-    and counts its own. Beyond the budget they are a DataError that lists them.
+    and counts its own, its loader's workers together. Beyond the budget they are a DataError that
+    lists them.
     """
 
     samples: Samples
     allowed: int
     quiet: bool = False
     problems: dict[int, DataError] = field(default_factory=dict)
+    met: Tensor = field(init=False)  # 1 for a bad row, in memory that the workers share
+
+    def __post_init__(self) -> None:
+        met = torch.zeros(len(self.samples), dtype=torch.uint8).share_memory_()
+        object.__setattr__(self, "met", met)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,12 +82,16 @@ class Tolerant(Sequence):
             return [self[place] for place in range(*index.indices(len(self)))]
         for step in range(len(self)):
             place = (index + step) % len(self)
-            if place not in self.problems:
+            if not self.met[place]:
                 try:
                     return self.samples[place if step else index]
                 except DataError as error:
                     self._note(place, error)
         raise self._too_many()
+
+    def outline(self, index: int) -> Sample:
+        """What is known of a sample without decoding; a bad row is its DataError."""
+        return self.samples.outline(index)
 
     def good(self, place: int) -> bool:
         """Whether a sample can be read; a bad one is counted."""
@@ -86,22 +99,37 @@ class Tolerant(Sequence):
             self.samples[place]
         except DataError as error:
             self._note(place, error)
-        return place not in self.problems
+        return not self.met[place]
 
     def _note(self, place: int, error: DataError) -> None:
         self.problems[place] = error
-        if len(self.problems) > self.allowed:
+        self.met[place] = 1
+        number = int(self.met.sum())
+        if number > self.allowed:
             raise self._too_many() from error
         if not self.quiet:
-            count = f"{len(self.problems)} of at most {self.allowed}"
+            count = f"{number} of at most {self.allowed}"
             print(f"mllm-cl: skipped {error} ({count})", file=sys.stderr, flush=True)
 
+    def skipped(self) -> list[tuple[str, int]]:
+        """File and row of each bad row met so far."""
+        return [self.samples.place(place) for place in self.met.nonzero().flatten().tolist()]
+
     def _too_many(self) -> DataError:
-        found = f"{len(self.problems)} of {len(self)} rows cannot be used, {self.allowed} may"
+        number = int(self.met.sum())
+        found = f"{number} of {len(self)} rows cannot be used, {self.allowed} may"
         listed = "".join(f"\n  {error}" for error in list(self.problems.values())[:LISTED])
-        more = len(self.problems) - LISTED
+        more = number - min(len(self.problems), LISTED)
         listed += f"\n  and {more} more" if more > 0 else ""
         return DataError(f"{found}. Mend them, or raise data.error_budget:{listed}")
+
+
+def skipped(samples: Sequence[Sample]) -> list[tuple[str, int]]:
+    """File and row of what was left out of samples because it cannot be read."""
+    if isinstance(samples, Tolerant):
+        return samples.skipped()
+    left_out = samples.left_out if isinstance(samples, Samples) else ()
+    return [(error.file, error.row) for error in left_out]
 
 
 def _allowed(samples: Sequence[Sample], policy: Policy) -> int:

@@ -38,6 +38,8 @@ _ELSEWHERE = {
         ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _SCORING
     ),
     "enable_jit_checkpoint": "checkpoints are the runner's own; set 'save_steps'",
+    "auto_find_batch_size": "it changes the batch while a task trains, and no resumed run would "
+    "make the same steps; set 'per_device_train_batch_size'",
     "save_only_model": "a checkpoint that cannot be resumed is of no use to the runner",
     "hub_token": "secrets do not belong in a recipe; use 'hf auth login'",
     "push_to_hub": "a run is not uploaded; its folder is the result",

@@ -23,6 +23,7 @@ class Samples(Sequence):
     format: Format
     root: Path | None
     indices: Sequence[int]
+    left_out: Sequence[DataError] = ()  # rows that cannot be read, and are not among `indices`
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -36,9 +37,10 @@ class Samples(Sequence):
         """The sample with the `sizes` of its pictures in place of the pictures: no decoding."""
         return self._sample(index, picture_size, "sizes")
 
-    def select(self, places: Sequence[int]) -> "Samples":
-        """Some of the samples, in the order of `places`."""
-        return replace(self, indices=[self.indices[place] for place in places])
+    def select(self, places: Sequence[int], left_out: Sequence[DataError] = ()) -> "Samples":
+        """Some of the samples, in the order of `places`, and those that cannot be read."""
+        indices = [self.indices[place] for place in places]
+        return replace(self, indices=indices, left_out=[*self.left_out, *left_out])
 
     def place(self, index: int) -> tuple[str, int]:
         """File and row of a sample."""

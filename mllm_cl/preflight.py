@@ -1,0 +1,103 @@
+"""The largest batch first: what does not fit into memory ends a task before step 1, not at 900."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from mllm_cl import checkpoint, engine
+from mllm_cl.data.chat import ChatCollator
+from mllm_cl.data.lengths import Lengths
+from mllm_cl.stopping import Failed
+
+
+class TooLarge(Failed):
+    """The largest batch of a task does not fit into the memory of this process."""
+
+    everywhere = False
+
+
+def push(trainer: Trainer) -> None:
+    """Push the longest samples of a task through one forward and backward pass, on the engine that
+    trains; TooLarge if they do not fit. Collective.
+
+    They are as many as a process takes at once. Nothing stays: no weight, gradient, random state or
+    buffer differs afterwards. Optimizer states are not tried: they do not depend on the data.
+    Nothing happens where lengths are not known cheaply (another collator than ours, a stream), nor
+    with re-entrant checkpointing, which cannot leave gradients out.
+    """
+    arguments, collator = trainer.args, trainer.data_collator
+    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    if reentrant or streamed or not isinstance(collator, ChatCollator):
+        return
+    with _unchanged(trainer.bare_model()):
+        number = arguments.per_device_train_batch_size
+        found = Lengths(collator.processor).longest(trainer.train_dataset, number)
+        if not found:
+            return
+        samples = [trainer.train_dataset[place] for _, place in found]
+        try:
+            _pass(trainer, collator((samples * number)[:number]))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            problem = _problem(trainer, samples[0]["id"], found[0][0], str(error))
+            raise TooLarge(problem) from error
+
+
+def _pass(trainer: Trainer, batch: dict) -> None:
+    bare = trainer.bare_model()
+    bare.train()
+    inputs = trainer._prepare_inputs(batch)
+    with trainer.compute_loss_context_manager():
+        loss = bare(**inputs).loss
+    engine.try_backward(loss, [weight for weight in bare.parameters() if weight.requires_grad])
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back whatever a training pass changes besides gradients."""
+    state = checkpoint.random_state()
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        checkpoint.set_random_state(state)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is of memory; the CPU's allocator has no class of its own for it."""
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or "DefaultCPUAllocator" in str(error)
+
+
+def _problem(trainer: Trainer, name: str, tokens: int, reason: str) -> str:
+    arguments = trainer.args
+    number, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    ways = []
+    if number > 1:
+        half = next(size for size in range(number // 2, 0, -1) if number % size == 0)
+        ways.append(
+            f"training.per_device_train_batch_size: {half} with "
+            f"training.gradient_accumulation_steps: {times * number // half} (the same steps)"
+        )
+    if not arguments.gradient_checkpointing:
+        ways.append("training.gradient_checkpointing: true")
+    if any(weight.dtype == torch.float32 for weight in trainer.model.parameters()):
+        ways.append("model.dtype: bfloat16")
+    ways.append(f"data.max_length below {tokens} with data.too_long: drop")
+    return (
+        f"{trainer.task.name}: its longest samples do not fit into the memory of "
+        f"{arguments.device}: {number} at once, the longest {name!r} with {tokens} tokens. "
+        f"Set one of {'; '.join(ways)}. No step was made ({reason.splitlines()[0]})"
+    )
