@@ -3,7 +3,7 @@
 
 Cells that are done are not run again. `--set same:--method.damping=0.3` adds settings to one
 method, and `--set NAME=same:…` gives a variant a name of its own. `--table` prints mean and 95 %
-interval of what is there.
+interval of what is there. Each recipe wants `--rows` and `--folder` of its own.
 """
 
 import argparse
@@ -52,7 +52,9 @@ def figures(output: Path) -> dict[str, float | None]:
     stage = max(output.glob("task_*"), key=lambda path: int(path.name.removeprefix("task_")))
     drift = json.loads((stage / "drift.json").read_text())
     first = [
-        row["overlap"] for name, row in drift.items() if name.startswith(f"{scores['tasks'][0]}::")
+        row["overlap"]
+        for name, row in drift.items()
+        if name.startswith(f"{scores['tasks'][0]}::") and "overlap" in row
     ]
     newest = [
         row["scores"][row["after"]] for row in scores["rows"] if row["after"] in scores["tasks"]
@@ -80,7 +82,16 @@ def told(values: list[float]) -> str:
 
 def table(rows: list[dict]) -> str:
     """One Markdown line per variant."""
-    names = ["average_of_all", *[name for name in FIGURES if name != "average"]]
+    return _lines(rows, ["average_of_all", *[name for name in FIGURES if name != "average"]])
+
+
+def by_set(rows: list[dict]) -> str:
+    """The same of the last score in each task and retained set."""
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    return _lines([{**row, **row["scores"]} for row in rows], list(names))
+
+
+def _lines(rows: list[dict], names: list[str]) -> str:
     lines = ["| variant | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
@@ -132,7 +143,7 @@ def main() -> None:
                 json.dumps({key: value for key, value in rows[-1].items() if key != "scores"}),
                 flush=True,
             )
-    print(table(rows))
+    print(table(rows), by_set(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from mllm_cl import engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.metrics.answers import metric
-from mllm_cl.metrics.pairs import Reference
-from mllm_cl.metrics.scores import LOSSES, MATCHES
+from mllm_cl.metrics.pairs import Reference, most_common
+from mllm_cl.metrics.scores import CONSTANT, LOSSES, MATCHES
 from mllm_cl.model.watch import evaluating
 from mllm_cl.progress import Progress
 from mllm_cl.respond import respond, weigh
@@ -88,14 +88,17 @@ def row(
     tasks: Iterable[Task], given: Mapping[str, Sequence[Answer]]
 ) -> dict[str, dict[str, float | None]]:
     """What answers add to the matrices of a run, by matrix and task: the score by the task's own
-    metric, the matches by `MATCHES`, and the loss; None where it is no number.
+    metric, that of giving the most common right answer every time, the matches by `MATCHES`, and
+    the loss; None where it is no number.
     """
-    found: dict[str, dict[str, float | None]] = {key: {} for key in ("scores", *MATCHES, LOSSES)}
+    kinds = ("scores", CONSTANT, *MATCHES, LOSSES)
+    found: dict[str, dict[str, float | None]] = {key: {} for key in kinds}
     for task in tasks:
         if task.name in given:
             said = [answer.prediction for answer in given[task.name]]
             right = [answer.reference for answer in given[task.name]]
             found["scores"][task.name] = task.metric(said, right)
+            found[CONSTANT][task.name] = task.metric([most_common(right)] * len(right), right)
             for key in MATCHES:
                 found[key][task.name] = metric(key)(said, right)
             mean = loss(given[task.name])

@@ -15,6 +15,7 @@ from mllm_cl.metrics.matching import (
     multiple_choice,
     normalised_match,
 )
+from mllm_cl.metrics.pairs import most_common
 from mllm_cl.metrics.vqa import standard, vqa_accuracy
 
 
@@ -205,3 +206,8 @@ def test_cider_is_clipped_and_averaged_over_references():
 def test_cider_of_one_sample_is_refused():
     with pytest.raises(ValueError, match="found 1 sample"):
         metric("cider_d")(["a cat"], ["a cat"])
+
+
+def test_the_most_common_answer_counts_a_sample_once_and_the_first_of_those_that_tie():
+    assert most_common(["yes", "no", "no"]) == "no"
+    assert most_common([["2", "two", "2", "2"], ["3"], ["3", "two"]]) == "two"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -246,9 +247,11 @@ def test_a_run_writes_scores_matches_and_losses_of_every_set(whole):
     rows = [Answer(**json.loads(line)) for line in lines]
     assert len(rows) == 8
     for row in scores["rows"]:
-        for key in ("scores", "exact_match", "normalised_match", "losses"):
+        for key in ("scores", "constant", "exact_match", "normalised_match", "losses"):
             assert set(row[key]) == {"colour", "arrow"}
     assert scores["rows"][-1]["losses"]["arrow"] == loss(rows) == scores["summary"]["objective"]
+    commonest = max(Counter(row.reference for row in rows).values())
+    assert scores["constant"]["arrow"] == commonest / len(rows)
 
 
 @pytest.mark.engines

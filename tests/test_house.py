@@ -108,6 +108,8 @@ def test_the_command_line_imports_nothing_until_it_is_asked():
     assert imports(tree("cli.py"), late=False) == {
         "argparse",
         "collections.abc.Sequence",
+        "functools.partial",
+        "logging",
         "mllm_cl.__version__",
         "os",
         "sys",
@@ -180,7 +182,7 @@ def test_the_keys_of_the_scores_are_these():
         {"after": "one", "scores": {"one": 1.0, "kept": 0.5}},
     ]
     scores = table(["one"], ["kept"], rows)
-    assert list(scores) == ["tasks", "retain", "rows", "summary"]
+    assert list(scores) == ["tasks", "retain", "rows", "constant", "summary"]
     assert list(scores["summary"]) == [
         "average",
         "finetune",

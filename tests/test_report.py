@@ -1,5 +1,6 @@
 """The report on runs: what it says, what it refuses, and that the page needs nothing but itself."""
 
+import io
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 
 from mllm_cl import cli
 from mllm_cl.metrics.scores import table
-from mllm_cl.report import compare, read
+from mllm_cl.report import compare, read, show
 from mllm_cl.report.costs import duration, size
 from mllm_cl.report.grids import at_the_end, by_layer, by_task, covariance, layers, over_stages
 from mllm_cl.report.interval import interval
@@ -217,6 +218,14 @@ def test_the_first_sentence_says_what_was_learnt_and_what_was_forgotten(tmp_path
     assert "Nothing was forgotten." in told(read([make_run(tmp_path / "kept", lost=0.0)]))
 
 
+def test_a_task_that_scores_like_one_constant_answer_was_not_learnt(tmp_path):
+    run = make_run(tmp_path / "one")
+    scores = json.loads((run / "scores.json").read_text())
+    put(run / "scores.json", scores | {"constant": {"dial": 0.3, "bars": 0.9, "dice": 0.8}})
+    said = plain(told(read([run])))
+    assert "bars (90 %) scores no more than one constant answer does" in said
+
+
 def test_several_methods_are_compared_in_a_sentence(tmp_path):
     make_run(tmp_path / "a", method="same", lost=0.05)
     make_run(tmp_path / "b", method="finetune", lost=0.3)
@@ -387,6 +396,13 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, damage, capsys):
     assert cli.main(["report", str(run)]) == 2
     said = capsys.readouterr().err
     assert str(run) in said and "Traceback" not in said
+
+
+def test_the_matrix_ends_with_what_one_constant_answer_scores():
+    file = io.StringIO()
+    row = {"after": "a", "scores": {"a": 0.5}, "constant": {"a": 0.25}}
+    show(table(["a"], [], [row]), file)
+    assert "| one answer | 0.250 |" in file.getvalue()
 
 
 def test_the_table_of_methods_is_plain_in_a_file(tmp_path):

@@ -132,7 +132,7 @@ def test_a_table_is_strict_json_and_undefined_is_null():
     table = s.table(["a", "b", "c"], ["base"], rows(1))
     text = json.dumps(table, allow_nan=False)
     assert json.loads(text)["summary"]["forgetting"] is None
-    assert list(table) == ["tasks", "retain", "rows", "summary"]
+    assert list(table) == ["tasks", "retain", "rows", "constant", "summary"]
 
 
 def test_a_row_that_comes_twice_is_refused():

@@ -1,6 +1,7 @@
 """What every metric takes: predictions and, for each, one reference or several that are right."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 Reference = str | Sequence[str]
@@ -26,6 +27,14 @@ def pairs(
             f"sample {several.index([])} has an empty list of references, expected at least one"
         )
     return list(zip(predictions, several, strict=True))
+
+
+def most_common(references: Sequence[Reference]) -> str:
+    """The right answer that most samples share, the first of those that tie: whoever gives it every
+    time has learnt nothing.
+    """
+    several = [[each] if isinstance(each, str) else dict.fromkeys(each) for each in references]
+    return Counter(answer for answers in several for answer in answers).most_common(1)[0][0]
 
 
 def mean(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ Matrix = Sequence[Sequence[float]]
 ZERO_SHOT = "zero-shot"  # the row before any training
 MATCHES = ("exact_match", "normalised_match")  # of a row, beside "scores": see metrics/answers.py
 LOSSES = "losses"
+CONSTANT = "constant"  # of a row: what a score has to beat, see `most_common`
 
 
 def last(scores: Matrix) -> list[float]:
@@ -211,11 +212,14 @@ def table(
     rows: Sequence[Mapping[str, Any]],
     replaced: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `scores.json` holds: the names of the columns, the rows, and the summary."""
+    """What `scores.json` holds: the names of the columns, the rows, what one constant answer scores
+    on each task, and the summary.
+    """
     return {
         "tasks": list(tasks),
         "retain": list(retain),
         "rows": list(rows),
+        CONSTANT: {name: value for row in rows for name, value in row.get(CONSTANT, {}).items()},
         "summary": summary(rows, retain, tasks, replaced),
     }
 

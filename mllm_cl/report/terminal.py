@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mllm_cl.metrics.scores import matrix
+from mllm_cl.metrics.scores import CONSTANT, matrix
 from mllm_cl.report.interval import Interval, interval
 from mllm_cl.report.runs import Group
 from mllm_cl.report.words import NUMBERS
@@ -82,6 +82,14 @@ def _table(scores: Mapping[str, Any], *, plain: bool) -> Table:
         ]
         rule = [Text("|")] if set_apart else []
         table.add_row(row["after"], *cells[: len(tasks)], *rule, *cells[len(tasks) :])
+    constant = scores.get(CONSTANT, {})
+    if constant:  # runs of before it was scored have none
+        told = [f"{constant[name]:.3f}" if name in constant else "-" for name in tasks + retain]
+        rule = ["|"] if set_apart else []
+        table.add_section()
+        table.add_row(
+            "one answer", *told[: len(tasks)], *rule, *told[len(tasks) :], style="dim italic"
+        )
     return table
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from mllm_cl.metrics.scores import ZERO_SHOT, matrix
+from mllm_cl.metrics.scores import CONSTANT, ZERO_SHOT, matrix
 from mllm_cl.report.interval import Interval, interval
 from mllm_cl.report.runs import Group, Run
 
@@ -38,7 +38,8 @@ def _of_group(group: Group) -> str:
     learnt = max((_learnt(run) for run in group.runs), key=len)
     if not learnt:
         return "No task has been learnt yet: these are the scores of the incoming model."
-    parts = [_learning(group, learnt), _forgetting(group, learnt), _retained(group)]
+    parts = [_learning(group, learnt), _not_learnt(group, learnt)]
+    parts += [_forgetting(group, learnt), _retained(group)]
     unfinished = [run for run in group.runs if not run.finished]
     if unfinished:
         left = len(group.tasks) - len(learnt)
@@ -67,6 +68,26 @@ def _learning(group: Group, learnt: Sequence[str]) -> str:
         f"{count.capitalize()} were learnt. Each scored {share(new.mean)} when it was new, on "
         f"average; at the end they score {share(final.mean)}."
     )
+
+
+def _not_learnt(group: Group, learnt: Sequence[str]) -> str:
+    """Which tasks scored no more when new than their most common answer does."""
+    constant = group.runs[0].scores.get(CONSTANT, {})
+    found = []
+    for name in learnt:
+        new = interval([value for run in group.runs for value in _when_new(run, name)])
+        if new is not None and name in constant and new.mean <= constant[name] + 0.005:
+            found.append(f"{name} ({share(constant[name])})")
+    if not found:
+        return ""
+    verb = "scores" if len(found) == 1 else "score"
+    said = f"{verb} no more than one constant answer does: nothing was learnt there."
+    return f"{', '.join(found)} {said}"
+
+
+def _when_new(run: Run, name: str) -> list[float]:
+    found = [row["scores"].get(name) for row in run.scores["rows"] if row["after"] == name]
+    return [value for value in found if value is not None]
 
 
 def _forgetting(group: Group, learnt: Sequence[str]) -> str:
