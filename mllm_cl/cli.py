@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _is_not(advice: str, record: logging.LogRecord) -> bool:
-    return advice not in record.msg
+    return advice not in str(record.msg)  # an exception may be logged as it is
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,9 +225,9 @@ def _data(arguments: argparse.Namespace) -> int:
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     from mllm_cl.data.check import check
-    from mllm_cl.model.load import load_processor
+    from mllm_cl.runner import processor_of
 
-    return check(recipe, load_processor(recipe.model))
+    return check(recipe, processor_of(recipe))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

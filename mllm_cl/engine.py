@@ -187,7 +187,7 @@ def local(parameter: Tensor) -> Tensor | None:
 
 
 def try_backward(loss: Tensor, parameters: list[Tensor]) -> None:
-    """A backward pass as training makes it, of which nothing stays: no gradient is reduced or kept.
+    """A backward pass as training makes it, of which nothing stays: no gradient is kept.
 
     Collective where weights are sharded.
     """

@@ -16,10 +16,10 @@ from mllm_cl import engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.memory import Memory
 from mllm_cl.model import anatomy
-from mllm_cl.model.load import empty_model, load_processor
+from mllm_cl.model.load import empty_model
 from mllm_cl.model.surgery import guards
 from mllm_cl.recipe import Recipe, RecipeError
-from mllm_cl.runner import tasks_of
+from mllm_cl.runner import processor_of, tasks_of
 from mllm_cl.task import TaskSequence
 
 PROBED = 16  # samples of each task whose lengths are looked at
@@ -92,7 +92,11 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
     (arXiv:2205.05198 eq. 1 with fused attention), 2 of them kept per layer with gradient
     checkpointing, and the logits in fp32 with their gradient.
     """
-    model, sequence = empty_model(recipe.model), tasks_of(recipe)
+    try:
+        model = empty_model(recipe.model)
+    except ValueError as error:
+        raise RecipeError("model", str(error)) from error
+    sequence = tasks_of(recipe)
     total = sum(weight.numel() for weight in model.parameters())
     try:
         recipe.method.before_task(model, sequence[0], Memory())
@@ -150,7 +154,7 @@ def _activations(recipe: Recipe, launch: Launch, model: nn.Module, longest: int)
 
 def _longest(recipe: Recipe, sequence: TaskSequence) -> int:
     """Tokens of the longest of the first samples of each task, images included."""
-    collate = ChatCollator(load_processor(recipe.model))
+    collate = ChatCollator(processor_of(recipe))
     firsts = [
         [task.train[index] for index in range(min(PROBED, len(task.train)))] for task in sequence
     ]

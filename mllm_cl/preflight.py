@@ -42,7 +42,7 @@ def push(trainer: Trainer) -> None:
         samples = [trainer.train_dataset[place] for _, place in found]
         try:
             _pass(trainer, collator((samples * number)[:number]))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # torch's own is one, too
             if not _is_out_of_memory(error):
                 raise
             problem = _problem(trainer, samples[0]["id"], found[0][0], str(error))
@@ -93,7 +93,8 @@ def _problem(trainer: Trainer, name: str, tokens: int, reason: str) -> str:
         )
     if not arguments.gradient_checkpointing:
         ways.append("training.gradient_checkpointing: true")
-    if any(weight.dtype == torch.float32 for weight in trainer.model.parameters()):
+    frozen = (weight for weight in trainer.model.parameters() if not weight.requires_grad)
+    if any(weight.dtype == torch.float32 for weight in frozen):  # what trains always is
         ways.append("model.dtype: bfloat16")
     ways.append(f"data.max_length below {tokens} with data.too_long: drop")
     return (

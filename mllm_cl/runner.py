@@ -113,10 +113,18 @@ def _hush() -> None:
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
     """The tasks that a recipe names, with their data."""
-    lengths = Lengths(load_processor(recipe.model)) if recipe.data.max_length else None
+    lengths = Lengths(processor_of(recipe)) if recipe.data.max_length else None
     tasks = [_task(block, n, recipe, lengths) for n, block in enumerate(recipe.tasks, start=1)]
     retain = [_task(block, 0, recipe, lengths) for block in recipe.retain]
     return TaskSequence(tuple(tasks), tuple(retain))
+
+
+def processor_of(recipe: Recipe):
+    """The processor of the recipe's model. RecipeError where there is none."""
+    try:
+        return load_processor(recipe.model)
+    except ValueError as error:
+        raise RecipeError("model", str(error)) from error
 
 
 def _task(block, index: int, recipe: Recipe, lengths: Lengths | None) -> Task:
@@ -227,9 +235,10 @@ def _trainer(
     """
     arguments = _arguments(recipe, path)
     try:
-        model, processor = load_model(recipe.model), load_processor(recipe.model)
+        model = load_model(recipe.model)
     except ValueError as error:
         raise RecipeError("model", str(error)) from error
+    processor = processor_of(recipe)
     base = {name for name, _ in model.named_parameters()}
     task, samples = _work(recipe, sequence, stage, memory)
     try:

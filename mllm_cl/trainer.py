@@ -41,7 +41,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
     `train_dataset` is what the method wants to train on: `method.train_set(task, memory, past)`,
     which is the task's own data but for methods with `rehearsal`.
     `trainer.preflight` says whether the longest samples are tried before step 1 (`preflight.push`):
-    True where there is an accelerator, whose memory ends sooner and where it costs next to nothing.
+    True on an accelerator, whose memory ends sooner and where it costs next to nothing.
     Raises ValueError for a launch that would silently train something else, and for an engine on
     which the method cannot keep its promise.
     """
@@ -71,7 +71,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             widen(self.model)
             engine.make_ready(self.accelerator, self.model)
             _guard_tower(self.model, self.data_collator, self.processing_class)
-            self.preflight = torch.accelerator.is_available()
+            self.preflight = self.args.device.type != "cpu"
             self.truth = Truth(self)
             self.add_callback(self.truth)
 

@@ -59,7 +59,7 @@ class Trial:
         self.watched = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.before = {name: _bits(weight) for name, weight in self.watched.items()}
         self.reached: dict[str, Tensor] = {}
-        self.rate, self.fresh = 0.0, False
+        self.rate, self.full, self.fresh = 0.0, False, False
         self.made = self.steps = self.full_steps = self.pictures = self.calls = 0
         self.judged, self.tower = False, None
         self.handles: list[RemovableHandle] = []

@@ -81,7 +81,7 @@ class Watchdog:
         if first == mine and not isinstance(error, SAID):
             _say(f"{_me()} failed in {self.place[2]}:")
             engine.tell_launcher(error)
-        if isinstance(error, (RuntimeError, Stopped)) and not first.endswith(told or mine):
+        if isinstance(error, (RuntimeError, Stopped)) and not first.endswith(told):
             if first == STOPPED:
                 raise Stopped from None
             _say(f"{_me()} ends: {first}")

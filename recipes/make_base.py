@@ -29,6 +29,7 @@ import mllm_cl
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.toy import BASE_SKILLS, TOY_TASKS, toy_task
 from mllm_cl.model.tiny import KINDS, tiny_model, toy_processor
+from mllm_cl.task import Sample
 
 ASSETS = Path(mllm_cl.__file__).parent / "assets"
 # How often each skill is drawn: fine strokes take longer to learn than colours. (ours)
@@ -48,11 +49,11 @@ def stream(batch_size: int, seed: int) -> Batches:
         yield names, [tasks[name][step * batch_size + i] for i, name in enumerate(names)]
 
 
-def _answer(sample: dict) -> str:
+def answer(sample: dict) -> str:
     return sample["messages"][-1]["content"][0]["text"]
 
 
-def _optimizer(parameters: Iterable[Tensor], lr: float, steps: int) -> tuple[AdamW, LambdaLR]:
+def adamw(parameters: Iterable[Tensor], lr: float, steps: int) -> tuple[AdamW, LambdaLR]:
     """AdamW with 40 steps of warm-up, then a cosine to zero."""
     optimizer = AdamW(parameters, lr=lr, weight_decay=0.01)
 
@@ -62,7 +63,7 @@ def _optimizer(parameters: Iterable[Tensor], lr: float, steps: int) -> tuple[Ada
     return optimizer, LambdaLR(optimizer, rate)
 
 
-def _step(loss: Tensor, optimizer: AdamW, schedule: LambdaLR) -> None:
+def descend(loss: Tensor, optimizer: AdamW, schedule: LambdaLR) -> None:
     loss.backward()
     clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
@@ -86,7 +87,7 @@ def see(
     width = model.config.text_config.hidden_size
     heads = nn.ModuleDict({n: nn.Linear(16 * width, len(a)) for n, a in answers.items()})
     norm = model.model.language_model.norm
-    optimizer, schedule = _optimizer([*model.parameters(), *heads.parameters()], lr, steps)
+    optimizer, schedule = adamw([*model.parameters(), *heads.parameters()], lr, steps)
     for step in range(steps):
         names, samples = next(batches)
         pixels = processor.image_processor([s["images"][0] for s in samples], return_tensors="pt")
@@ -94,11 +95,11 @@ def see(
         word_BV = model.lm_head(norm(image_BTD.mean(dim=1)))
         loss = torch.zeros(())
         for row, (name, sample) in enumerate(zip(names, samples, strict=True)):
-            target = torch.tensor(answers[name].index(_answer(sample)))
+            target = torch.tensor(answers[name].index(answer(sample)))
             loss = loss + cross_entropy(heads[name](image_BTD[row].flatten()), target)
             loss = loss + cross_entropy(word_BV[row, token[name]], target)
-        _step(loss / len(samples), optimizer, schedule)
-        _report("see", step, steps, loss / len(samples))
+        descend(loss / len(samples), optimizer, schedule)
+        report("see", step, steps, loss / len(samples))
 
 
 def say(
@@ -111,32 +112,37 @@ def say(
         parameter.requires_grad_(not any(part in name for part in seeing))
     # Balances the experts; a dense model has no such output.
     sparse = {"output_router_logits": True} if "moe" in model.config.model_type else {}
-    optimizer, schedule = _optimizer([p for p in model.parameters() if p.requires_grad], lr, steps)
+    optimizer, schedule = adamw([p for p in model.parameters() if p.requires_grad], lr, steps)
     for step in range(steps):
         loss = model(**collate(next(batches)[1]), **sparse).loss
-        _step(loss, optimizer, schedule)
-        _report("say", step, steps, loss)
+        descend(loss, optimizer, schedule)
+        report("say", step, steps, loss)
 
 
-def _report(stage: str, step: int, steps: int, loss: Tensor) -> None:
+def report(stage: str, step: int, steps: int, loss: Tensor) -> None:
     if step % 25 == 24:
         print(f"{stage} {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
-def accuracy(
-    model: PreTrainedModel, processor: ProcessorMixin, name: str, size: int = 300
-) -> float:
-    """The share of held-out questions whose generated answer is right to the letter."""
-    samples, right = list(toy_task(name, "test", size)), 0
-    for chunk in (samples[i : i + 100] for i in range(0, size, 100)):
+def accuracy(model: PreTrainedModel, processor: ProcessorMixin, samples: list[Sample]) -> float:
+    """The share of questions whose generated answer is right to the letter."""
+    right = 0
+    for chunk in (samples[i : i + 100] for i in range(0, len(samples), 100)):
         batch = ChatCollator(processor, prompt_only=True)(chunk)
         written = model.generate(**batch, max_new_tokens=4, do_sample=False)[
             :, batch["input_ids"].shape[1] :
         ]
         answers = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        right += sum(a == _answer(s) for a, s in zip(answers, chunk, strict=True))
-    return right / size
+        right += sum(a == answer(s) for a, s in zip(answers, chunk, strict=True))
+    return right / len(samples)
+
+
+def skills(
+    model: PreTrainedModel, processor: ProcessorMixin, names: Iterable[str]
+) -> dict[str, float]:
+    """The accuracy in each toy task, on 300 held-out questions."""
+    return {name: accuracy(model, processor, list(toy_task(name, "test", 300))) for name in names}
 
 
 def save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> str:
@@ -180,8 +186,8 @@ def main() -> None:
         f"--say {args.say} --batch-size {args.batch_size} --lr {args.lr:g} --seed {args.seed}",
         "parameters": sum(p.numel() for p in saved.parameters()),
         "cpu_seconds": round(seconds),
-        "base_accuracy": {name: accuracy(saved, processor, name) for name in BASE_SKILLS},
-        "zero_shot_accuracy": {name: accuracy(saved, processor, name) for name in TOY_TASKS},
+        "base_accuracy": skills(saved, processor, BASE_SKILLS),
+        "zero_shot_accuracy": skills(saved, processor, TOY_TASKS),
         "chance": {
             name: round(1 / len(toy_task(name, "test", 1).answers), 3)
             for name in BASE_SKILLS + TOY_TASKS

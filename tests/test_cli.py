@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +146,14 @@ def test_the_matrix_is_plain_where_nobody_looks_and_every_score_is_there():
 def test_a_figure_needs_no_retained_data_and_takes_unfinished_runs(tmp_path):
     draw(table(["bars", "dice"], [], ROWS[1:2]), tmp_path / "deep" / "one.png")
     assert (tmp_path / "deep" / "one.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "--dry-run"], ["data check"]])
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys, words):
+    recipe = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+    place = ["--model.model_name_or_path", "nobody/none"]
+    folder = ["--output_dir", str(tmp_path / "run")]
+    command = [*words[0].split(), recipe, *words[1:], *place, *folder]
+    assert cli.main(command) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "nobody/none is no folder of a model" in told[0]

@@ -79,7 +79,7 @@ def _outline(samples: Sequence[Sample], index: int) -> tuple[Mapping, tuple[Size
         outline = samples.outline(index)
         return outline, tuple(outline["sizes"])
     sample = samples[index]
-    return sample, tuple(image.size for image in sample["images"] or ())
+    return sample, tuple(image.size for image in sample.get("images") or ())
 
 
 def _extent(samples: Sequence[Sample], index: int) -> tuple[int, int]:

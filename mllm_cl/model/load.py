@@ -1,6 +1,7 @@
 """From a recipe's `model:` block to a model and its processor."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,7 +87,8 @@ def _config(settings: ModelSettings):
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     where = location(settings.model_name_or_path)
-    config = AutoConfig.from_pretrained(where, **_common(settings))
+    with _found(where):
+        config = AutoConfig.from_pretrained(where, **_common(settings))
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return config, AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
@@ -114,12 +116,24 @@ def load_processor(settings: ModelSettings):
 
     where, common = location(settings.model_name_or_path), _common(settings)
     try:
-        return AutoProcessor.from_pretrained(where, **common)
+        with _found(where):
+            return AutoProcessor.from_pretrained(where, **common)
     except ImportError:
         processor = _assembled(where, common)
         if processor is None:
             raise
         return processor
+
+
+@contextmanager
+def _found(where: str) -> Iterator[None]:
+    """ValueError in the place of the many errors of a model that is not there."""
+    try:
+        yield
+    except OSError as error:
+        told = str(error).splitlines()[0]
+        problem = f"{where} is no folder of a model, and the hub does not give one: {told}"
+        raise ValueError(problem) from error
 
 
 def _assembled(where: str, common: dict[str, Any]) -> "ProcessorMixin | None":
