@@ -22,7 +22,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engines' -n 2 --dist loadfile
 
 test-engines: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m engines -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m engines
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from mllm_cl import checkpoint, engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.lengths import Lengths
+from mllm_cl.model.adapt import rest
 from mllm_cl.stopping import Failed
 
 
@@ -34,7 +34,7 @@ def push(trainer: Trainer) -> None:
     streamed = isinstance(trainer.train_dataset, IterableDataset)
     if reentrant or streamed or not isinstance(collator, ChatCollator):
         return
-    with _unchanged(trainer.bare_model()):
+    with _unchanged(trainer):
         number = arguments.per_device_train_batch_size
         found = Lengths(collator.processor).longest(trainer.train_dataset, number)
         if not found:
@@ -59,9 +59,10 @@ def _pass(trainer: Trainer, batch: dict) -> None:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def _unchanged(trainer: Trainer) -> Iterator[None]:
     """Put back whatever a training pass changes besides gradients."""
-    state = checkpoint.random_state()
+    state, model, memory = checkpoint.random_state(), trainer.bare_model(), trainer.memory
+    remembered = dict(memory)
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -72,13 +73,21 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+        # Methods that decide at every step which experts learn keep that in the memory.
+        for name in [name for name in memory if memory[name] is not remembered.get(name)]:
+            del memory[name]
+        for name in remembered.keys() - memory.keys():
+            memory[name] = remembered[name]
+        rest(model)
         checkpoint.set_random_state(state)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether an error is of memory; the CPU's allocator has no class of its own for it."""
-    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return named or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    told = str(error)
+    return any(sign in told for sign in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"))
 
 
 def _problem(trainer: Trainer, name: str, tokens: int, reason: str) -> str:

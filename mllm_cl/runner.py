@@ -51,7 +51,7 @@ def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
     """
     folder = Path(recipe.output_dir)
     _hush()
-    with Watchdog(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout)) as watchdog:
+    with _watchdog(recipe) as watchdog:
         stages = _stages(recipe, watchdog, stopping)
         if engine.rank() == 0:
             scores = record.scores_of(recipe, folder, stages)
@@ -82,18 +82,25 @@ def measure(recipe: Recipe, path: Path) -> Memory:
     Collective.
     """
     _hush()
-    sequence, memory = tasks_of(recipe), _incoming(recipe)
-    with tempfile.TemporaryDirectory() as folder:
+    with _watchdog(recipe) as watchdog, tempfile.TemporaryDirectory() as folder:
+        sequence, memory = tasks_of(recipe), _incoming(recipe)
         trainer, _ = _trainer(recipe, sequence, 0, Path(folder), memory)
+        watchdog.follow(trainer.model)
         trainer.prepare_for_evaluation()
+        watchdog.phase("measuring what is known")
         trainer.measure_task()
-    if engine.rank() == 0:
-        memory.save(path)
-        known = ", ".join(block.data for block in recipe.retain)
-        print(f"{path}: {memory.num_bytes:,} bytes of {known} for {recipe.method_name}")
-    engine.barrier()
-    _release(trainer)
+        watchdog.phase(WRITING)
+        if engine.rank() == 0:
+            memory.save(path)
+            known = ", ".join(block.data for block in recipe.retain)
+            print(f"{path}: {memory.num_bytes:,} bytes of {known} for {recipe.method_name}")
+        engine.barrier()
+        _release(trainer)
     return memory
+
+
+def _watchdog(recipe: Recipe) -> Watchdog:
+    return Watchdog(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
 
 
 def _incoming(recipe: Recipe) -> Memory:

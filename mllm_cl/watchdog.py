@@ -5,6 +5,7 @@ No process sees another, so each tells where it is over the launch's store, from
 own.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,12 +20,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from mllm_cl import engine
+from mllm_cl.data.errors import DataError
+from mllm_cl.recipe import RecipeError
 from mllm_cl.stopping import Failed, Stopped
 
 PERIOD, GRACE = 1.0, 5.0  # seconds between two looks, and to end by oneself after a loss. ours
 LOADING, SAVING, WRITING = "loading", "saving", "writing"  # may take any time
 DONE, STOPPED = "done", "stopped"
-SAID = (Stopped, Failed, ValueError, ArithmeticError)  # for these the command line has words
+# For these the command line has words.
+SAID = (Stopped, Failed, RecipeError, DataError, FloatingPointError, KeyboardInterrupt)
 
 
 class Watchdog:
@@ -46,7 +50,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if engine.launched_processes() > 1:
             self.store = engine.meeting_point()
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
         return self
 
     def phase(self, name: str) -> None:
@@ -68,6 +73,8 @@ class Watchdog:
         self.over.set()
         if self.store is None:
             return
+        # Or it could publish an older place after what is published here.
+        self.thread.join(2 * PERIOD)
         told = f"{kind.__name__}: {error}" if kind else ""
         mine = STOPPED if kind is Stopped else f"{_me()} failed in {self.place[2]}: {told}"
         try:
@@ -75,6 +82,10 @@ class Watchdog:
                 self.phase(DONE)
                 self._publish()
                 return
+            if isinstance(error, RuntimeError):
+                # A collective breaks before its cause has spoken; SIGTERM follows on its heels.
+                with contextlib.suppress(Stopped):
+                    time.sleep(PERIOD)
             first = self._first(mine)
         except RuntimeError:
             first = "the process that keeps the launch's store has ended"
@@ -88,13 +99,13 @@ class Watchdog:
             raise SystemExit(1) from None
 
     def _watch(self) -> None:
-        while not self.over.wait(PERIOD):
-            try:
+        while not self.over.is_set():
+            # RuntimeError: the store is not there yet, or not any more.
+            with contextlib.suppress(RuntimeError):
                 self.store = self.store or engine.meeting_point()
                 if self.store is not None:
                     self._look()
-            except RuntimeError:  # the store is not there yet, or not any more
-                continue
+            self.over.wait(PERIOD)
 
     def _look(self) -> None:
         self._publish()

@@ -73,7 +73,9 @@ def loop(case: Case, models: Path, memory, flaw=lambda model: None) -> dict:
 
 
 def verdict(models: Path) -> dict:
-    """How many tensors a loop names, on each process, where an adapter is out of the graph."""
+    """How many tensors a loop names, on each process, where an adapter is out of the graph; -1
+    where DDP, which wants a gradient of all, has refused the second step.
+    """
     import torch
 
     from mllm_cl import Memory, engine
@@ -85,6 +87,9 @@ def verdict(models: Path) -> dict:
     except NotTraining as error:
         assert "had no gradient" in str(error)
         named = len(error.names)
+    except RuntimeError as error:
+        assert "did not receive grad" in str(error), error
+        named = -1
     return {"flawed::named": torch.tensor(engine.gather([named]))}
 
 

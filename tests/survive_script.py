@@ -64,7 +64,10 @@ def main() -> None:
     told = {"whole": [whole, digests(root / "whole")], "lives": []}
     for life in range(lives):
         folder, codes = root / f"life-{life}", []
-        while not codes or codes[-1] != 0:
+        while codes in ([], [0]) or codes[-1] != 0:
+            if codes == [0]:  # it was finished before the signal: that proves nothing
+                shutil.rmtree(folder)
+                codes.clear()
             # Longer with every life: a machine that has become busy would let none of them finish.
             after = rng.uniform(0.1, 1.0) * took * (1 + len(codes) / 16)
             codes.append(cut_off([recipe, "--output_dir", str(folder)], number, after))

@@ -34,7 +34,7 @@ def launches(tiny_folder, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
         "max_steps": 4,
         "learning_rate": 1e-3,
         "save_steps": 1,
-        "ddp_timeout": 24,  # a third of it to stand still, behind the other
+        "ddp_timeout": 45,  # a third of it to stand still, behind the other
     }
     path = recipe(
         folder,

@@ -224,8 +224,9 @@ class Same(Tuned):
         watch = measure(model, modules, routers, batches, rank=self.rank)
         watch.reduce(reduce)
         # A rank that saw nothing has its sums on the CPU; all ranks must compute the same bases.
-        for tracker in watch.trackers.values():
-            tracker.to(next(model.parameters()).device)
+        for site in self._guarded(model):
+            device = installed_on(site.module)[site.name].displacement.device
+            watch.trackers[watch.source_of[site.source]].to(device)
         return watch
 
     def _history(self, memory: Memory, path: str, device: torch.device) -> CovarianceTracker | None:
@@ -329,9 +330,11 @@ def _decide(
         weight_TE = logits_TE.detach().softmax(-1).flatten(0, -2).cpu()
         input_TD = args[0].detach().flatten(0, -2).cpu()
         # In the memory, so that a checkpoint in the middle of a task has it.
-        rule = ReleasedActivation.from_state(memory.under(key))
+        parts = ReleasedActivation(moe.num_experts).state()
+        rule = ReleasedActivation.from_state({part: memory[f"{key}/{part}"] for part in parts})
         moe.active = rule.step(weight_TE, input_TD).to(logits_TE.device)
-        memory.put(key, rule.state())
+        for part, value in rule.state().items():
+            memory[f"{key}/{part}"] = value
 
 
 def _text(name: str) -> Tensor:
