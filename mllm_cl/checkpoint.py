@@ -23,6 +23,7 @@ from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.memory import Memory, load_tensors, save_tensors
 from mllm_cl.model.adapt import rest
 from mllm_cl.model.surgery import guards
+from mllm_cl.progress import digest
 
 MARKER, BATCH = "complete.json", "batch.json"
 # Samplers that look at lengths order them by what one process takes per step.
@@ -179,12 +180,14 @@ def _guard_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def _load_guard_state(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    met: dict[str, DriftGuard] = {}  # modules that meet one tensor have one guard between them
     for path, one in guards(trainer.bare_model()).items():
         head = f"{path}::"
         parts = {key[len(head) :]: value for key, value in tensors.items() if key.startswith(head)}
         device = one.displacement.device
         one.displacement, one.active_E = parts["displacement"], parts.get("active")
-        one.g = DriftGuard.from_state(parts)
+        g = DriftGuard.from_state(parts)
+        one.g = met.setdefault(digest(g.state()), g.to(device))
         one.move(device)
     rest(trainer.bare_model())
 

@@ -12,14 +12,14 @@ class Cost:
     """A stopwatch for one stage on this process, started when it is made.
 
     `lap` says what the time since the last lap went into. A stage that was resumed counts from
-    there. The host's peak is that of the process so far, the accelerator's that of the stage.
+    there. The host's peak is that of the process so far, the accelerator's that of the stage, from
+    its first step on where the largest batch was tried before (`preflight.push`).
     """
 
     def __init__(self) -> None:
         self._laps: dict[str, float] = {}
         self._start = self._last = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak()
 
     @property
     def total(self) -> float:
@@ -41,6 +41,12 @@ class Cost:
             "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "state_bytes": sum(one.numel() * one.element_size() for one in state.values()),
         }
+
+
+def forget_peak() -> None:
+    """The accelerator's peak counts from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_of_process() -> int | None:

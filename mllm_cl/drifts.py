@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mllm_cl import checkpoint, engine
 from mllm_cl.drift.measure import (
@@ -76,6 +77,7 @@ def measure(
     state: State,
     *,
     batch_size: int,
+    quiet: bool = True,
 ) -> Drift:
     """The drift of the `learnt` tasks, of which those that no `earlier` stage knows are learnt now.
 
@@ -93,7 +95,7 @@ def measure(
     for folder, tasks in groupby(learnt, key=lambda task: known.get(task.name)):
         first = found.kept if folder is None or engine.rank() else Kept.read(folder)
         for task in tasks:
-            batches = _batches(task, collate, batch_size)
+            batches = _batches(task, collate, batch_size, quiet)
             sight = look(model, layers, routers, batches, moments=folder is None)
             if engine.rank():
                 continue
@@ -106,9 +108,10 @@ def measure(
     return found
 
 
-def _batches(task: Task, collate: Callable, batch_size: int):
+def _batches(task: Task, collate: Callable, batch_size: int, quiet: bool):
     number = min(PROBE_SAMPLES, len(task.eval))
-    for start in range(0, number, batch_size):
+    starts = range(0, number, batch_size)
+    for start in tqdm(starts, desc=f"probing {task.name}", disable=quiet, leave=False):
         stop = min(start + batch_size, number)
         yield collate([task.eval[index] for index in range(start, stop)])
 

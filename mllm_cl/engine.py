@@ -73,7 +73,8 @@ def launched_processes() -> int:
 def meeting_point() -> dist.Store | None:
     """A connection of the caller's own to the store of the launch, None before there is one."""
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if "MASTER_PORT" not in os.environ or not (launchers or dist.is_initialized()):
+    named = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    if not named or not (launchers or dist.is_initialized()):
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))
@@ -279,6 +280,17 @@ def optimizer_state(
             else:
                 tensors[f"{parameter_name}::{key}"] = full(value)
     return tensors
+
+
+def room_for_moments(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+    """As much memory as Adam takes in its first step, for as long as the list is held; nothing for
+    an optimizer that has its states already, as ZeRO's, or that is no Adam of torch.
+    """
+    inner = _inner(optimizer)
+    if inner.state or not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+        return []
+    kept = [one for one in map(local, parameters) if one is not None]
+    return [torch.empty_like(one) for one in kept for _ in range(2)]
 
 
 def load_optimizer_state(

@@ -8,6 +8,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from mllm_cl import checkpoint, engine
+from mllm_cl.cost import forget_peak
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.lengths import Lengths
 from mllm_cl.model.adapt import rest
@@ -17,17 +18,16 @@ from mllm_cl.stopping import Failed
 class TooLarge(Failed):
     """The largest batch of a task does not fit into the memory of this process."""
 
-    everywhere = False
-
 
 def push(trainer: Trainer) -> None:
     """Push the longest samples of a task through one forward and backward pass, on the engine that
     trains; TooLarge if they do not fit. Collective.
 
-    They are as many as a process takes at once. Nothing stays: no weight, gradient, random state or
-    buffer differs afterwards. Optimizer states are not tried: they do not depend on the data.
-    Nothing happens where lengths are not known cheaply (another collator than ours, a stream), nor
-    with re-entrant checkpointing, which cannot leave gradients out.
+    They are as many as a process takes at once, with the method's term of the loss and beside as
+    much memory as Adam will take. Nothing stays: no weight, gradient or buffer differs afterwards,
+    nor a random state of the CPU or of CUDA (those of MPS and XPU do), and the accelerator's peak
+    counts anew. Nothing happens where lengths are not known cheaply (another collator than ours, a
+    stream), nor with re-entrant checkpointing, which cannot leave gradients out.
     """
     arguments, collator = trainer.args, trainer.data_collator
     reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
@@ -47,15 +47,21 @@ def push(trainer: Trainer) -> None:
                 raise
             problem = _problem(trainer, samples[0]["id"], found[0][0], str(error))
             raise TooLarge(problem) from error
+    forget_peak()
 
 
 def _pass(trainer: Trainer, batch: dict) -> None:
     bare = trainer.bare_model()
     bare.train()
     inputs = trainer._prepare_inputs(batch)
+    trained = list(trainer.trained().values())
+    room = engine.room_for_moments(trainer.optimizer, trained)
     with trainer.compute_loss_context_manager():
-        loss = bare(**inputs).loss
-    engine.try_backward(loss, [weight for weight in bare.parameters() if weight.requires_grad])
+        trainer.method.before_forward(bare, inputs, trainer.memory)
+        outputs = bare(**inputs)
+        loss = outputs.loss + trainer.term(inputs, outputs)
+    engine.try_backward(loss, trained)
+    room.clear()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -23,14 +23,23 @@ from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer, row
 from mllm_cl.memory import Memory
 from mllm_cl.metrics.scores import ZERO_SHOT, table
-from mllm_cl.model import anatomy
+from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.surgery import guards
 from mllm_cl.progress import unfinished
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.task import TaskSequence
 
 CUT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
-PACKAGES = ("mllm_cl", "torch", "transformers", "accelerate", "peft", "deepspeed", "safetensors")
+PACKAGES = (
+    "mllm_cl",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "safetensors",
+    "bitsandbytes",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,21 @@ def stage_folder(folder: Path, stage: int) -> Path:
     return folder / f"task_{stage}"
 
 
+def _as_known_to(written: dict, recipe: Recipe, wanted: dict) -> dict:
+    """`wanted` without the settings that are at their default and that an earlier version of the
+    package, which wrote `written`, did not have.
+    """
+    defaults = {"method": fields(recipe.method), "model": fields(recipe.model)}
+    for block, known in defaults.items():
+        for one in known:
+            new = one.name in wanted[block] and one.name not in written.get(block, {})
+            if not new or one.default is MISSING:
+                continue
+            if wanted[block][one.name] == json.loads(json.dumps(one.default)):
+                del wanted[block][one.name]
+    return wanted
+
+
 def is_done(recipe: Recipe, folder: Path, stage: int) -> bool:
     """Whether a stage is complete. RecipeError where it was made by a recipe that differs in what
     counts, or was changed since.
@@ -62,15 +86,15 @@ def is_done(recipe: Recipe, folder: Path, stage: int) -> bool:
     path = stage_folder(folder, stage)
     if not (path / checkpoint.MARKER).exists():
         return False
-    # One reads every byte of it; where it raises, the launch ends.
-    if engine.rank() == 0 and not checkpoint.is_complete(path):
+    # Every process reads every byte: who raised alone would leave the others waiting.
+    if not checkpoint.is_complete(path):
         raise RecipeError(
             "output_dir",
             f"a file in {path} is not as it was written (damaged or edited). Put it back, or "
             f"delete {path} and the stages after it: the same command makes them again.",
         )
     written = json.loads((path / "recipe.json").read_text())
-    wanted = json.loads(json.dumps(recipe.stage(stage - 1)))
+    wanted = _as_known_to(written, recipe, json.loads(json.dumps(recipe.stage(stage - 1))))
     if _effective_batch(recipe) == _manifest(path)["effective_batch"]:
         # How a step is cut into what a process takes is hardware: 2 x 4 samples are 1 x 8.
         written, wanted = _uncut(written), _uncut(wanted)
@@ -183,7 +207,8 @@ def skipped_rows(sequence: TaskSequence) -> dict[str, dict[str, list[engine.JSON
         for split, samples in (("train", task.train), ("eval", task.eval)):
             rows = engine.gather([list(where) for where in skipped(samples)])
             if rows:
-                found.setdefault(task.name, {})[split] = sorted({tuple(row) for row in rows})
+                once = sorted({tuple(row) for row in rows})
+                found.setdefault(task.name, {})[split] = [list(row) for row in once]
     return found
 
 
@@ -228,17 +253,25 @@ def tracked(recipe: Recipe, folder: Path, stage: int, outcome: Outcome) -> dict[
     return tracking.values(scores_of(recipe, folder, done), outcome.drift.rows, outcome.cost)
 
 
+def tell_what_is_packed(model: nn.Module) -> None:
+    """Print how all weights are kept, and in how many bytes."""
+    _console().print(four_bit.table(model))
+
+
 def tell_what_trains(trainer) -> None:
     """Print the weights that the method trains: what matched, before hours are spent on it."""
-    from rich.console import Console
-
     shapes = {
         name.removesuffix("_guard.delta"): engine.shape(parameter)
         for name, parameter in trainer.trained().items()
     }
     if shapes:
-        console = Console(width=None if sys.stdout.isatty() else 100)
-        console.print(anatomy.shape_table(shapes, "trained"))
+        _console().print(anatomy.shape_table(shapes, "trained"))
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def tell_what_held(found: Mapping[str, Mapping[str, float]]) -> None:

@@ -28,6 +28,7 @@ from mllm_cl.evaluate import Answer, answers
 from mllm_cl.memory import Memory, load_tensors, save_tensors
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.scores import ZERO_SHOT
+from mllm_cl.model import four_bit
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
 from mllm_cl.progress import Progress, digest, unfinished
@@ -50,7 +51,7 @@ def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
     launch calls it.
     """
     folder = Path(recipe.output_dir)
-    _hush()
+    hush()
     with _watchdog(recipe) as watchdog:
         stages = _stages(recipe, watchdog, stopping)
         if engine.rank() == 0:
@@ -71,7 +72,7 @@ def _stages(recipe: Recipe, watchdog: Watchdog, stopping: Stopping | None) -> li
         if not record.is_done(recipe, Path(recipe.output_dir), stage):
             used = _step(recipe, sequence, stage, before, watchdog, stopping)
             if engine.outlives_its_task(used) and stage < stages[-1]:
-                _start_afresh()
+                _start_afresh(watchdog)
     return stages
 
 
@@ -81,7 +82,7 @@ def measure(recipe: Recipe, path: Path) -> Memory:
     A recipe with `memory: path` protects it from its first task on. Nothing is trained or scored.
     Collective.
     """
-    _hush()
+    hush()
     with _watchdog(recipe) as watchdog, tempfile.TemporaryDirectory() as folder:
         sequence, memory = tasks_of(recipe), _incoming(recipe)
         trainer, _ = _trainer(recipe, sequence, 0, Path(folder), memory)
@@ -108,7 +109,7 @@ def _incoming(recipe: Recipe) -> Memory:
     return Memory() if recipe.memory is None else Memory.load(recipe.memory)
 
 
-def _hush() -> None:
+def hush() -> None:
     """Bars only where somebody watches, and transformers' advice about its own files nowhere."""
     from transformers.utils import logging
 
@@ -116,6 +117,11 @@ def _hush() -> None:
         logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def _quiet() -> bool:
+    """Whether this process shows no bars: one does, where somebody watches."""
+    return not sys.stderr.isatty() or engine.rank() > 0
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
@@ -179,6 +185,8 @@ def _step(
         earlier = load_tensors(record.state_file(record.stage_folder(folder, before)))
         restore_state(trainer.model, earlier)
     if stage == 0 and engine.rank() == 0:
+        if recipe.model.load_in_4bit:
+            record.tell_what_is_packed(trainer.model)
         record.tell_what_trains(trainer)
     cost.lap("load")
     watchdog.phase(f"measuring {trainer.task.name}")
@@ -198,6 +206,7 @@ def _step(
         [record.stage_folder(folder, one) for one in range(stage)],
         state,
         batch_size=recipe.eval.batch_size,
+        quiet=_quiet(),
     )
     cost.lap("drift")
     watchdog.phase(WRITING)
@@ -291,10 +300,9 @@ class _SaveAndStop(TrainerCallback):
 
 def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
     """The Trainer's arguments. RecipeError for a launch on which the method keeps no promise."""
-    no_terminal = not sys.stderr.isatty()
     settings = {
         "save_total_limit": 2,
-        "disable_tqdm": no_terminal or engine.rank() > 0,
+        "disable_tqdm": _quiet(),
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),
         **engine.launched_precision(),
@@ -307,6 +315,11 @@ def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
         check_engine(recipe.method, engine.asked(arguments))
     except ValueError as error:
         raise RecipeError("method", str(error)) from error
+    if recipe.model.load_in_4bit:
+        try:
+            four_bit.check_engine(engine.asked(arguments))
+        except ValueError as error:
+            raise RecipeError("model.load_in_4bit", str(error)) from error
     return arguments
 
 
@@ -362,7 +375,6 @@ def _score(
     """The answers of the model as it is now, by task. What a stage that was cut off had answered is
     not asked again, if the same recipe and the same weights gave those answers.
     """
-    quiet = not sys.stderr.isatty() or engine.rank() > 0
     return {
         task.name: answers(
             model,
@@ -375,7 +387,7 @@ def _score(
                 f"{made_by} {fingerprint(task.eval)}",
             ),
             name=task.name,
-            quiet=quiet,
+            quiet=_quiet(),
         )
         for task in tasks
     }
@@ -390,7 +402,7 @@ def _release(trainer) -> None:
         torch.cuda.empty_cache()
 
 
-def _start_afresh() -> None:
+def _start_afresh(watchdog: Watchdog) -> None:
     """Go on in a new process image, since this one's engine holds on to its memory.
 
     The launcher sees the same processes. They meet again at a port of their own, since the
@@ -398,6 +410,7 @@ def _start_afresh() -> None:
     """
     ports = engine.gather([_free_port()] if engine.rank() == 0 else [])
     engine.barrier()
+    watchdog.close()
     torch.distributed.destroy_process_group()
     os.environ |= {"MASTER_PORT": str(ports[0]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     sys.stdout.flush()

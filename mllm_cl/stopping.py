@@ -2,6 +2,7 @@
 away (save, leave, and be run again), or by a failure that one message says all about.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -12,11 +13,17 @@ class Failed(RuntimeError):
     `everywhere` says whether all processes fail alike; else each that does has to speak.
     """
 
-    everywhere = True
+    everywhere = False
 
 
 class Stopped(BaseException):
     """A run has left because it was asked to; the same command goes on where it was."""
+
+
+def process(rank: int | None = None) -> str:
+    """What all messages call a process of a launch, by default this one."""
+    number = os.environ.get("RANK", "0") if rank is None else rank
+    return f"process {number} of {os.environ.get('WORLD_SIZE', '1')}"
 
 
 class Stopping:

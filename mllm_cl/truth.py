@@ -29,6 +29,8 @@ STEPS = 3
 class NotTraining(Failed):
     """Something that should train does not; `names` are the parameters."""
 
+    everywhere = True
+
     def __init__(self, problem: str, names: tuple[str, ...] = ()) -> None:
         super().__init__(problem)
         self.names = names
@@ -65,8 +67,16 @@ class Trial:
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "Trial":
+        self.open()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Begin to watch."""
         if not self.watched:
-            return self
+            return
         self.handles += [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -79,10 +89,6 @@ class Trial:
         if whole is not None:
             self.tower = whole.get_encoder(modality="image")
             self.handles.append(self.tower.register_forward_pre_hook(self._enter_tower))
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
     def look(self, inputs: Mapping[str, Any]) -> None:
         """Note a batch that trains, before its backward, and whether it has pictures."""
@@ -178,7 +184,8 @@ class Truth(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start afresh with what trains now."""
         self.close()
-        self.trial = Trial(self.trainer.bare_model(), peak=args.learning_rate).__enter__()
+        self.trial = Trial(self.trainer.bare_model(), peak=args.learning_rate)
+        self.trial.open()
 
     def look(self, inputs: Mapping[str, Any]) -> None:
         """Note a batch that is about to train."""
@@ -214,8 +221,7 @@ def _exempt(model: nn.Module, names: list[str], *, seen: bool) -> set[str]:
     heads = [
         f"{path}_guard."
         for path, one in guards(model).items()
-        if (one.active_E is not None and not one.active_E.any())
-        or (one.g.outside == 0 and not one.g.gain_K.any())
+        if (one.active_E is not None and not one.active_E.any()) or one.g.lets_nothing_move
     ]
     for path, module in model.named_modules():
         if isinstance(module, MoELoRA):

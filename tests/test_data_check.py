@@ -68,6 +68,17 @@ def test_two_samples_show_what_is_learnt(tmp_path, capsys):
     assert "[[purple<|im_end|>]]" in told
 
 
+def test_a_size_that_takes_one_side_of_an_ordered_file_is_told(tmp_path, capsys):
+    rows = sorted(question_rows(tmp_path, range(100)), key=lambda row: row["answer"])
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", rows[::10])
+    path = recipe(tmp_path, {"data": str(tmp_path), "train_size": 20})
+    code, told = checked(capsys, path)
+    assert code == 0
+    assert "train: 1 different answers in 20 of the 20 rows that are used, 5 in as many" in told
+    assert "test: 1 different" not in told
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_learnt_is_the_last_answer_alone(tmp_path, kind):
     turns = [("human", "One?"), ("gpt", "first"), ("human", "Two?\x1b[31m"), ("gpt", "second")]

@@ -242,10 +242,46 @@ def test_rows_of_bytes_are_skipped_as_those_of_files_are(tmp_path):
 def test_the_manifest_of_a_stage_names_the_skipped_rows(tmp_path):
     policy = Block(on_error="skip", error_budget=0.5)
     samples = damaged(tmp_path, 3)
-    row = [samples.place(3)]
+    row = [list(samples.place(3))]
     task = Task(
         "own", 1, for_training(samples, policy, None), for_scoring(samples, policy, None), len
     )
     assert record.skipped_rows(TaskSequence((task,))) == {"own": {"eval": row}}
     ids(task.train)
     assert record.skipped_rows(TaskSequence((task,))) == {"own": {"train": row, "eval": row}}
+
+
+def by_answer(folder: Path, answers: list[str]) -> str:
+    """A file of rows with these answers, whose pictures are not there."""
+    rows = [{"image": "gone.png", "question": "?", "answer": answer} for answer in answers]
+    write_jsonl(folder / "test.jsonl", rows)
+    return str(write_jsonl(folder / "train.jsonl", rows).parent)
+
+
+ORDERED = [f"class {row // 20}" for row in range(100)]
+
+
+@pytest.mark.parametrize("policed", [for_training, for_scoring])
+def test_the_first_rows_of_a_file_that_is_ordered_by_class_are_told(policed, tmp_path, capsys):
+    samples = read(by_answer(tmp_path, ORDERED), "test", 40, 0)
+    policed(samples, Block(), None)
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"mllm-cl: {tmp_path / 'test.jsonl'}: 2 different answers in 40 of the 40"
+    )
+    assert "5 in as many of all 100" in told
+
+
+@pytest.mark.parametrize(
+    ("answers", "size"),
+    [
+        (ORDERED, None),
+        (ORDERED, 90),
+        (ORDERED[::3] + ORDERED[1::3] + ORDERED[2::3], 40),
+        ([f"in words of its own, {row}" for row in range(100)], 40),
+        (["yes", "no"] * 50, 40),
+    ],
+)
+def test_nothing_is_told_of_rows_with_as_many_answers_as_all(answers, size, tmp_path, capsys):
+    for_training(read(by_answer(tmp_path, answers), "train", size, 0), Block(), None)
+    assert capsys.readouterr().err == ""

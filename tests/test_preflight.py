@@ -1,6 +1,7 @@
 """The largest batch is tried before step 1: what does not fit is named, and nothing stays of it."""
 
 import json
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mllm_cl import continual, load_method, preflight
+from mllm_cl import continual, engine, load_method, preflight
 from mllm_cl.data import read
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.data.lengths import Lengths
@@ -77,10 +78,47 @@ def test_a_task_ends_with_the_same_bytes_as_without(name, checkpointing, tiny_fo
         trainer = trainer_of(
             tiny_folder["llava"], out, method, gradient_checkpointing=checkpointing
         )
-        trainer.preflight = tried
+        trainer.tries_largest = tried
         trainer.train()
         marks.append(json.loads((out / "checkpoint-3" / "complete.json").read_text()))
     assert marks[0] == marks[1] and len(marks[0]) > 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costly(load_method("finetune")):
+    """Fine-tuning whose guards and whose term of the loss take memory, and which tells when."""
+
+    told: list[str] = field(default_factory=list)
+
+    def start_task(self, model, task, memory, batches, reduce) -> None:
+        self.told.append("start_task")
+
+    def before_forward(self, model, inputs, memory) -> None:
+        self.told.append(f"batch of {len(inputs['input_ids'])}")
+
+    def loss(self, model, inputs, outputs, memory):
+        self.told.append("loss")
+        return 0.0 * outputs.logits.sum()
+
+
+def test_what_is_tried_is_a_step_with_all_that_it_takes(tiny_folder, tmp_path):
+    """The guards are in place, and the method's own term and Adam's moments are part of it."""
+    method = Costly(**METHODS["finetune"])
+    trainer = trainer_of(tiny_folder["llava"], tmp_path, method)
+    trainer.tries_largest = True
+    trainer.train()
+    assert method.told == ["start_task", *["batch of 8", "loss"] * 4]  # one before three steps
+
+
+def test_adam_takes_twice_what_trains_until_it_has_it():
+    weights = [torch.zeros(3, 4, requires_grad=True), torch.zeros(5, requires_grad=True)]
+    adam = torch.optim.AdamW(weights)
+    assert sum(one.numel() for one in engine.room_for_moments(adam, weights)) == 2 * 17
+    assert engine.room_for_moments(torch.optim.SGD(weights), weights) == []
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    adam.step()
+    assert engine.room_for_moments(adam, weights) == []
 
 
 def too_large(model, tokens: int, error: Exception) -> None:
@@ -105,7 +143,7 @@ def too_large(model, tokens: int, error: Exception) -> None:
 def test_what_does_not_fit_is_named_before_step_1(error, tiny_folder, tmp_path):
     first, method = FirstStep(), load_method("finetune")(**METHODS["finetune"])
     trainer = trainer_of(tiny_folder["llava"], tmp_path, method, first)
-    trainer.preflight = True
+    trainer.tries_largest = True
     too_large(trainer.model, 100, error)
     with pytest.raises(TooLarge) as caught:
         trainer.train()
@@ -129,7 +167,7 @@ def test_what_does_not_fit_is_named_before_step_1(error, tiny_folder, tmp_path):
 def test_another_error_stays_what_it_is(tiny_folder, tmp_path):
     method = load_method("finetune")(**METHODS["finetune"])
     trainer = trainer_of(tiny_folder["llava"], tmp_path, method)
-    trainer.preflight = True
+    trainer.tries_largest = True
     too_large(trainer.model, 100, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         trainer.train()
@@ -139,7 +177,7 @@ def test_a_resumed_task_is_not_tried_again(tiny_folder, tmp_path):
     method = load_method("finetune")(**METHODS["finetune"])
     trainer_of(tiny_folder["llava"], tmp_path, method).train()
     trainer = trainer_of(tiny_folder["llava"], tmp_path, method)
-    trainer.preflight = True
+    trainer.tries_largest = True
     too_large(trainer.model, 100, torch.OutOfMemoryError("too large"))
     with pytest.raises(torch.OutOfMemoryError):  # of the step itself, not TooLarge
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -185,6 +223,16 @@ def test_a_row_that_cannot_be_read_is_not_the_longest(tiny_folder, tmp_path):
     lengths = Lengths(collator_of(tiny_folder["qwen3-vl-moe"]).processor)
     assert lengths.longest(samples, 1)[0][1] == 23
     assert not samples.problems
+
+
+def test_a_row_that_cannot_be_encoded_is_not_the_longest_either(tiny_folder):
+    samples = list(toy_tasks()[0].train.samples)
+    shown = [{"type": "image"}] * 2 + [{"type": "text", "text": "what is it? " * 60}]
+    question, answer = {"role": "user", "content": shown}, samples[0]["messages"][-1]
+    picture = Image.new("RGB", (40, 40))  # the only one, where two are asked about
+    bad = {**samples[0], "messages": [question, answer], "images": [picture]}
+    lengths = Lengths(collator_of(tiny_folder["llava"]).processor)
+    assert lengths.longest([*samples, bad], 1) == lengths.longest(samples, 1)
 
 
 class Stream(IterableDataset):

@@ -147,7 +147,24 @@ def test_a_finished_run_bears_the_same_batch_cut_otherwise_and_no_other(finished
         run_in_process(path, fours)
 
 
-def trainer_of(folder: Path, out: Path, *, activation: str = "paper", **settings):
+def test_a_run_of_a_version_that_lacked_a_setting_goes_on_while_that_is_at_its_default(
+    finished, tmp_path
+):
+    copy, longer = copied(finished, tmp_path, "tiles")
+    for stage in sorted(copy.glob("task_*")):
+        written = json.loads((stage / "recipe.json").read_text())
+        del written["method"]["train_router"]
+        (stage / "recipe.json").write_text(json.dumps(written))
+        checkpoint.mark(stage)
+    run_in_process(longer)
+    assert json.loads((copy / "scores.json").read_text())["rows"][-1]["after"] == "tiles"
+    with pytest.raises(ValueError, match="made with another 'method'"):
+        run_in_process(longer, "--method.train_router", "false")
+
+
+def trainer_of(
+    folder: Path, out: Path, *, activation: str = "paper", targets=("q_proj",), **settings
+):
     """A Trainer that learns one task in four steps and saves after each."""
     task = toy_tasks()[0]
     arguments = TrainingArguments(
@@ -168,7 +185,7 @@ def trainer_of(folder: Path, out: Path, *, activation: str = "paper", **settings
         train_dataset=task.train,
         data_collator=collator_of(folder),
         method=load_method("same")(
-            num_experts=2, lora_target_modules=("q_proj",), activation=activation
+            num_experts=2, lora_target_modules=targets, activation=activation
         ),
         task=task,
     )
@@ -229,6 +246,18 @@ def test_the_same_command_goes_on_in_the_middle_of_a_task(finished, tiny_folder,
     assert list((tmp_path / "run" / "task_1").glob("checkpoint-*/complete.json"))
     run_in_process(path)
     assert digests(tmp_path / "run") == digests(folder)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_who_watches_sees_what_goes_on_between_the_steps(
+    watched, tiny_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    task = {"name": "arrow", "data": "toy:arrow", "train_size": 32, "eval_size": 8}
+    run_in_process(recipe(tmp_path, tiny_folder["llava"], tasks=[task], retain=[]))
+    told = capsys.readouterr().err
+    for words in ("measuring arrow", "scoring arrow", "probing arrow"):
+        assert (words in told) == watched, told
 
 
 def test_a_weight_that_can_learn_nothing_any_more_is_named(capsys):

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from mllm_cl import checkpoint, load_method
+from mllm_cl import checkpoint, load_method, record
+from mllm_cl.model.surgery import guards
+from mllm_cl.recipe import Recipe
+from mllm_cl.watchdog import SAVING, Steps, Watchdog
 from test_runner import recipe, run_in_process, trainer_of
 
 HERE = Path(__file__).parent
@@ -43,6 +46,33 @@ def test_a_run_cut_off_at_random_moments_ends_bit_equal(tiny_folder, tmp_path, s
         assert codes[-1] == 0 and found == wanted
 
 
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, list]:
+    """How the first process of each pair of `watchdog_script.py` ended, and what it said."""
+    done = subprocess.run(
+        [sys.executable, HERE / "watchdog_script.py"], capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("killed", "process 1 of 2 was not heard of for"),
+        ("suspended", "process 1 of 2 was not heard of for"),
+        ("interrupted", "process 1 of 2 was interrupted"),
+        ("store gone", "the process that keeps the launch's store has ended"),
+        ("store silent", "the process that keeps the launch's store has ended"),
+    ],
+)
+def test_who_is_left_ends_with_a_line_about_what_is_gone(pairs, case, words):
+    code, said = pairs[case]
+    # Of a connection that breaks torch has something to say, too.
+    assert code == 1 and said.count("mllm-cl: ") == 1 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith(f"mllm-cl: process 0 of 2 ends: {words}"), said
+
+
 def test_a_damaged_file_of_a_finished_stage_is_found_before_anything_starts(tiny_folder, tmp_path):
     path = recipe(tmp_path, tiny_folder["llava"])
     run_in_process(path)
@@ -52,6 +82,15 @@ def test_a_damaged_file_of_a_finished_stage_is_found_before_anything_starts(tiny
     state.write_bytes(content)
     with pytest.raises(ValueError, match="task_1 is not as it was written"):
         run_in_process(path)
+
+
+def test_every_process_finds_the_damage_and_none_waits_for_it(tiny_folder, tmp_path, monkeypatch):
+    path = recipe(tmp_path, tiny_folder["llava"])
+    folder = run_in_process(path)
+    (folder / "task_0" / "state.safetensors").write_bytes(b"")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="task_0 is not as it was written"):
+        record.is_done(Recipe.load(path), folder, 0)
 
 
 def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tiny_folder, tmp_path):
@@ -70,6 +109,38 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(tiny_folder, t
         assert checkpoint.newest(tmp_path) == good, (file.name, place)
         file.write_bytes(content)
     assert checkpoint.newest(tmp_path) == bad
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_whoever_saves_may_take_any_time(tiny_folder, tmp_path, strategy):
+    phases = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs) -> None:
+            phases.append(watchdog.place[2])
+
+    settings = {"per_device_train_batch_size": 8, "save_strategy": strategy}
+    trainer, watchdog = trainer_of(tiny_folder["llava"], tmp_path, **settings), Watchdog(60)
+    trainer.add_callback(Look())
+    trainer.add_callback(Steps(watchdog, trainer))
+    trainer.train()
+    assert set(phases) == {SAVING}
+
+
+def test_guards_that_share_a_basis_share_it_after_a_resume(tiny_folder, tmp_path):
+    settings = {"per_device_train_batch_size": 8, "targets": ("q_proj", "v_proj")}
+
+    def shared(trainer) -> list[set[str]]:
+        at: dict[int, set[str]] = {}
+        for path, one in guards(trainer.model).items():
+            at.setdefault(one.g.basis_DK.data_ptr(), set()).add(path)
+        return sorted(at.values(), key=sorted)
+
+    trainer, resumed = (trainer_of(tiny_folder["llava"], tmp_path, **settings) for _ in range(2))
+    trainer.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any("q_proj" in str(one) and "v_proj" in str(one) for one in shared(trainer))
+    assert shared(resumed) == shared(trainer)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tiny_folder, tmp_path, monkeypatch):

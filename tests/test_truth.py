@@ -10,10 +10,11 @@ from torch.optim import optimizer as optimizers
 from transformers import AutoModelForImageTextToText
 
 from mllm_cl import Memory, cli, load_method, runner
+from mllm_cl.memory import save_tensors
 from mllm_cl.model.surgery import only_train
-from mllm_cl.reload import NotSaved
+from mllm_cl.reload import NotSaved, check_reload
 from mllm_cl.truth import NotTraining
-from test_runner import recipe, run_in_process
+from test_runner import recipe, run_in_process, trainer_of
 from toy_run import learn, toy_tasks
 
 SETTINGS = {"lora_target_modules": ("q_proj", "down_proj"), "train_router": False}
@@ -97,7 +98,14 @@ def test_a_run_that_was_judged_leaves_no_hook(model, tiny_folder):
     assert not model.get_encoder(modality="image")._forward_pre_hooks
 
 
-@pytest.mark.parametrize("spoil", [lambda value: value * 0, lambda value: value * 1.5])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda value: value * 0,
+        lambda value: value * 1.5,
+        lambda value: torch.nextafter(value, torch.ones_like(value)),  # no logit shows it
+    ],
+)
 def test_a_state_that_does_not_give_back_what_was_learnt_is_not_kept(
     spoil, tiny_folder, tmp_path, monkeypatch
 ):
@@ -114,3 +122,26 @@ def test_a_state_that_does_not_give_back_what_was_learnt_is_not_kept(
         run_in_process(path, "--training.learning_rate", "1e-2")
     assert (tmp_path / "run/task_0/complete.json").exists()
     assert not (tmp_path / "run/task_1/complete.json").exists()
+
+
+def test_what_trains_and_is_not_in_the_state_is_missed(tiny_folder, tmp_path, monkeypatch):
+    whole = runner.trained_state
+
+    def losing(model, base) -> dict[str, torch.Tensor]:
+        state = whole(model, base)
+        lost = {name for name in state if ".lora_B" in name}
+        return {name: value for name, value in state.items() if name not in lost}
+
+    monkeypatch.setattr(runner, "trained_state", losing)
+    path = recipe(tmp_path, tiny_folder["llava"], "finetune")
+    with pytest.raises(NotSaved, match="Something that trains is not in the state"):
+        run_in_process(path, "--training.learning_rate", "1e-2")
+
+
+def test_logits_that_are_no_numbers_are_not_the_fault_of_the_file(tiny_folder, tmp_path):
+    trainer = trainer_of(tiny_folder["llava"], tmp_path)
+    state = {name: weight.detach() for name, weight in trainer.trained().items()}
+    save_tensors(state, tmp_path / "state.safetensors")
+    trainer.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logits that are NaN or infinite"):
+        check_reload(trainer, tmp_path / "state.safetensors", state)

@@ -16,6 +16,7 @@ from mllm_cl.data.lengths import Lengths
 from mllm_cl.data.policy import Policy
 from mllm_cl.data.source.formats import Format
 from mllm_cl.data.source.samples import Samples
+from mllm_cl.data.source.split import one_sided
 from mllm_cl.data.survey import Survey, overlap, survey
 from mllm_cl.metrics.answers import metric
 from mllm_cl.task import Sample
@@ -91,6 +92,9 @@ def _about(one: Looked, recipe, processor, *, plain: bool) -> Iterator[str | Tex
         if long:
             dropped = "left out" if recipe.data.too_long == "drop" else "too long"
             yield Text(f"  {split}: {len(long)} {dropped}, the first: {long[0]}", style="yellow")
+        words = one_sided(one.samples[split]) if isinstance(one.samples[split], Samples) else ""
+        if words:
+            yield Text(f"  {split}: {words}", style="yellow")
         if found.repeated_ids():
             yield f"  {split}: the id {found.repeated_ids()[0]!r} is that of several rows"
     good = one.found["train"].good

@@ -1,6 +1,7 @@
 """How many tokens samples have, pictures included, known before training and without decoding."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from heapq import nlargest
 from typing import Protocol, runtime_checkable
 
@@ -62,7 +63,10 @@ class Lengths:
             for view in views
             for place in nlargest(number + 16, looked, key=lambda place: view(looked[place]))
         }
-        counted = [(self.of(samples, place), place) for place in sorted(chosen)]
+        counted = []
+        for place in sorted(chosen):
+            with suppress(DataError):
+                counted.append((self.of(samples, place), place))
         return nlargest(number, counted)
 
     def _of_pictures(self, sizes: tuple[Size, ...], text: str, sample: Mapping) -> int:

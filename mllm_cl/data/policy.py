@@ -17,6 +17,7 @@ from mllm_cl.data.chat import too_long
 from mllm_cl.data.errors import DataError
 from mllm_cl.data.lengths import Lengths
 from mllm_cl.data.source.samples import Samples
+from mllm_cl.data.source.split import one_sided
 from mllm_cl.task import Sample
 
 LISTED = 20  # bad rows that an error names
@@ -38,6 +39,7 @@ def for_training(
 
     `lengths` is asked where the policy has a `max_length`. Raises DataError where the policy says.
     """
+    _tell_if_one_sided(samples)
     samples = _that_fit(samples, policy, lengths)
     if policy.on_error == "skip" and isinstance(samples, Samples):
         return Tolerant(samples, _allowed(samples, policy))
@@ -48,6 +50,7 @@ def for_scoring(
     samples: Sequence[Sample], policy: Policy, lengths: Lengths | None
 ) -> Sequence[Sample]:
     """The samples to score: those that fit and can be read, found out by reading them all."""
+    _tell_if_one_sided(samples)
     if policy.on_error == "skip" and isinstance(samples, Samples):
         bad = Tolerant(samples, _allowed(samples, policy), quiet=not _first())
         good = [place for place in range(len(samples)) if bad.good(place)]
@@ -130,6 +133,12 @@ def skipped(samples: Sequence[Sample]) -> list[tuple[str, int]]:
         return samples.skipped()
     left_out = samples.left_out if isinstance(samples, Samples) else ()
     return [(error.file, error.row) for error in left_out]
+
+
+def _tell_if_one_sided(samples: Sequence[Sample]) -> None:
+    words = one_sided(samples) if isinstance(samples, Samples) and _first() else ""
+    if words:
+        print(f"mllm-cl: {samples.place(0)[0]}: {words}", file=sys.stderr, flush=True)
 
 
 def _allowed(samples: Sequence[Sample], policy: Policy) -> int:

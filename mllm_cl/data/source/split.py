@@ -1,7 +1,8 @@
 """Which rows belong to a split: the first so many of a file, or of one side of it."""
 
 import hashlib
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mllm_cl.data.source.samples import Samples, question
 
 PEEKED = 100  # rows whose columns are looked at
 FEW = 1000  # rows of which chance may put none into a test share
+DRAWN, TOO_FEW = 256, 16  # rows whose answers are compared, and too few to compare. ours
 
 
 def choose(
@@ -59,6 +61,40 @@ def draw(row: Row | None, form: Format, root: Path, reading: Reading) -> float:
         return 1.0
     digest = hashlib.sha256(repr((reading.split_seed, key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def one_sided(samples: Samples) -> str:
+    """What to say of a part of a file that has at most half as many different answers as rows from
+    all over the file, as the first rows of one that is ordered by class; else empty.
+
+    Looked at are a few hundred rows, without their pictures.
+    """
+    rows, part = samples.rows, samples.indices
+    number = min(len(part), DRAWN)
+    if len(part) == len(rows) or number < TOO_FEW:
+        return ""
+    chance = random.Random(0)
+    places = chance.sample(part, number), chance.sample(range(len(rows)), number)
+    found, whole = (len(_answers(samples, each)) for each in places)
+    if 2 * found > whole:
+        return ""
+    return (
+        f"{found} different answers in {number} of the {len(part)} rows that are used, {whole} in "
+        f"as many of all {len(rows)}: it seems to be ordered by answer, and a size takes the first "
+        "rows. Shuffle the file, or leave the size out"
+    )
+
+
+def _answers(samples: Samples, places: Sequence[int]) -> set[str]:
+    """The different answers of some rows; one that cannot be read has none."""
+    found = set()
+    for place in places:
+        try:
+            messages, _, _ = samples.format.read(samples.rows[place])
+        except DataError:
+            continue
+        found.add("".join(part["text"] for part in messages[-1]["content"]))
+    return found
 
 
 def _row(rows: Rows, index: int) -> Row | None:
