@@ -10,21 +10,15 @@ training as well.
 import argparse
 import copy
 import json
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import timing
-from mllm_cl import Memory, Task, load_method
+from mllm_cl import Memory, Method, Task, load_method
 from mllm_cl.model.adapt import Site
 from mllm_cl.model.surgery import advance, guards
 from mllm_cl.model.watch import Watch
@@ -70,9 +64,8 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> nn.Module:
 class Variant:
     """One method on a copy of the model, with its optimizer."""
 
-    def __init__(self, model: nn.Module, name: str, batch: dict[str, Tensor]) -> None:
-        self.method = load_method(name)(lora_target_modules=("gate_proj", "up_proj", "down_proj"))
-        self.model, self.batch, self.memory = model, batch, Memory()
+    def __init__(self, model: nn.Module, method: Method, batch: dict[str, Tensor]) -> None:
+        self.model, self.method, self.batch, self.memory = model, method, batch, Memory()
         self.task = Task("one", 1, [], [], lambda predictions, references: 0.0)
         self.method.before_task(model, self.task, self.memory)
         self.boundary_seconds = self._second_task()
@@ -101,6 +94,11 @@ class Variant:
         self.optimizer.zero_grad()
 
 
+def on_linears(name: str) -> Method:
+    """A method that trains adapters on the feed-forward linears, as SAME's paper does."""
+    return load_method(name)(lora_target_modules=("gate_proj", "up_proj", "down_proj"))
+
+
 def sources(variant: Variant) -> dict[str, nn.Module]:
     """The modules whose input `same` tracks."""
     sites: list[Site] = variant.method.sites(variant.model)
@@ -118,58 +116,27 @@ def peak_bytes(name: str, shape: Shape, device: str, dtype: torch.dtype) -> int:
     """
 
     def live() -> None:
-        variant = Variant(build(shape, device, dtype), name, batch_of(shape, device))
+        variant = Variant(build(shape, device, dtype), on_linears(name), batch_of(shape, device))
         for _ in range(3):
             variant.step()
 
-    if device == "cuda":
-        live()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return _most_allocated(live)
-
-
-def _most_allocated(live: Callable[[], None]) -> int:
-    """What the CPU's allocator held at most, without what it keeps for later as a process's
-    resident memory would show.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        live()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
+    return timing.most_allocated(live, device)
 
 
 def peaks(shape: str, device: str, dtype: str) -> list[dict]:
     """A row of peak memory per method, each measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.step"]
-    command += ["--shape", shape, "--device", device, "--dtype", dtype]
-    found = {
-        name: int(subprocess.check_output([*command, "--peak", name]).split()[-1])
-        for name in ("moe_lora", "same")
-    }
-    return [
-        {
-            **timing.environment(device),
-            "benchmark": "step",
-            "dtype": dtype,
-            "variant": f"peak memory {name} ({peak / 2**20:.0f} MiB)",
-            "median_ms": 0,
-            "ratio": round(peak / found["moe_lora"], 3),
-        }
-        for name, peak in found.items()
-    ]
+    command = ["benchmarks.step", "--shape", shape, "--device", device, "--dtype", dtype]
+    context = {**timing.environment(device), "benchmark": "step", "dtype": dtype}
+    return timing.peak_rows(command, ["moe_lora", "same"], context)
 
 
 def measure(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict]:
     """The rows of all variants."""
     model = build(shape, device, dtype)
     batch = batch_of(shape, device)
-    plain = Variant(copy.deepcopy(model), "moe_lora", batch)
-    same = Variant(copy.deepcopy(model), "same", batch)
-    tracked = Variant(model, "same", batch)
+    plain = Variant(copy.deepcopy(model), on_linears("moe_lora"), batch)
+    same = Variant(copy.deepcopy(model), on_linears("same"), batch)
+    tracked = Variant(model, on_linears("same"), batch)
     watch = Watch(tracked.model, sources(tracked), every=TRACK_EVERY)
     variants = {
         "moe_lora": plain.step,

@@ -2,8 +2,12 @@
 and what is reported is the median of the ratios inside each round.
 """
 
+import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -109,3 +114,43 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def most_allocated(run: Callable[[], object], device: torch.device | str) -> int:
+    """The most bytes of tensors alive while `run` runs, as torch's allocator counts them.
+
+    For a process that does nothing else. Resident memory would show what an allocator keeps for
+    later, too.
+    """
+    if torch.device(device).type == "cuda":
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
+
+
+def peak_rows(command: list[str], variants: list[str], context: Mapping) -> list[dict]:
+    """A row of peak memory for each variant, beside the first: `python -m COMMAND --peak VARIANT`
+    prints it, in a process of its own.
+    """
+    found = {
+        name: int(
+            subprocess.check_output([sys.executable, "-m", *command, "--peak", name]).split()[-1]
+        )
+        for name in variants
+    }
+    return [
+        {
+            **context,
+            "variant": f"peak memory {name} ({peak / 2**20:.0f} MiB)",
+            "median_ms": 0,
+            "ratio": round(peak / found[variants[0]], 3),
+        }
+        for name, peak in found.items()
+    ]

@@ -26,11 +26,12 @@ class Case:
     checkpointing: bool
     accumulation: int
     mixed: bool = False
+    native: bool = False  # the model's own experts train, through adapters
 
     @property
     def name(self) -> str:
         way = "checkpointed" if self.checkpointing else "plain"
-        end = "/mixed" if self.mixed else ""
+        end = ("/mixed" if self.mixed else "") + ("/native" if self.native else "")
         return f"{self.method}/{self.kind}/{way}/{self.accumulation}{end}"
 
 
@@ -62,9 +63,13 @@ def cases() -> list[Case]:
         ("moe_lora", "llava"),
         ("same", "llava"),
         ("same", "qwen3-vl-moe"),
+        ("router_kl", "qwen3-vl-moe"),
+        ("router_replay", "qwen3-vl-moe"),
     ):
         found += [Case(method, kind, False, 1), Case(method, kind, True, 1)]
     found += [Case("same", "llava", False, 2), Case("same", "qwen3-vl-moe", False, 2)]
+    found += [Case("expert_lora", "qwen3-vl-moe", False, 1, native=True)]
+    found += [Case("same", "qwen3-vl-moe", way, 1, native=True) for way in (False, True)]
     return found + [
         Case(method, kind, False, 1, mixed=True)
         for method, kind in (("finetune", "qwen3-vl-moe"), ("same", "llava"))
@@ -124,6 +129,8 @@ def method_of(case: Case):
             "use_peft": False,
             "num_experts": 0,
         }
+    if case.native:
+        settings |= {"experts": "lora", "lora_target_modules": (), "lora_r": 4}
     if case.mixed:  # a regular expression reaches the vision tower too
         settings["lora_target_modules"] = r".*\.(q_proj|qkv|linear_fc1)"
     if case.method == "finetune":
@@ -264,7 +271,7 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
         memory=memory,
         callbacks=list(callbacks),
     )
-    trainer.preflight = world > 1  # no number of the matrix may differ by it
+    trainer.tries_largest = world > 1  # no number of the matrix may differ by it
     return trainer
 
 
@@ -279,7 +286,7 @@ def main(out: Path, models: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         said = verdicts(models, Path(folder))
     for case in cases():
-        past = out / f"memory-{case.method}-{case.kind}-{case.mixed}.safetensors"
+        past = out / f"memory-{case.method}-{case.kind}-{case.mixed}-{case.native}.safetensors"
         with tempfile.TemporaryDirectory() as folder:
             if expected == "single" and not past.exists():
                 remember(case, models, Path(folder)).save(past)

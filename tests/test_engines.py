@@ -86,6 +86,16 @@ def results(tiny_folder, tmp_path_factory):
     return of
 
 
+def moments(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What enters the model's own experts, U G U^T of each, float64."""
+    found = {}
+    for name, basis_DK in tensors.items():
+        if "/experts/" in name and name.endswith("/basis"):
+            basis_DK, gram_EKK = basis_DK.double(), tensors[name[: -len("basis")] + "gram"].double()
+            found[name] = basis_DK @ gram_EKK @ basis_DK.mT
+    return found
+
+
 @pytest.mark.parametrize("engine", [name for name in LAUNCHES if name != "single"])
 def test_the_engine_gives_the_numbers_of_one_process(engine, results):
     alone, alone_tensors, _ = results("single")
@@ -97,7 +107,12 @@ def test_the_engine_gives_the_numbers_of_one_process(engine, results):
         for leak in found[case.name]["leaks"].values():
             assert leak < 1e-5, case.name
     assert tensors.keys() == alone_tensors.keys()
+    for name, expected in moments(alone_tensors).items():
+        difference = (moments(tensors)[name] - expected).norm() / expected.norm()
+        assert difference < 1e-5, name
     for name, expected in alone_tensors.items():
+        if "/experts/" in name and name.endswith(("/basis", "/gram")):
+            continue  # eigenvectors have no sign: what they hold together was compared above
         if name.endswith("/count"):
             assert torch.equal(expected, tensors[name]), name
         elif "::moved::" in name:

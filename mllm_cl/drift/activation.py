@@ -25,10 +25,18 @@ class ExpertUsage:
         self._count = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, weight_TE: Tensor, input_TD: Tensor, *, mask_T: Tensor | None = None) -> None:
+    def update(
+        self,
+        weight_TE: Tensor,
+        input_TD: Tensor,
+        *,
+        mask_T: Tensor | None = None,
+        used_TE: Tensor | None = None,
+    ) -> None:
         """Add a batch of routing weights (..., E) and the inputs (..., D) they are for.
 
-        The weights are those before any expert is masked. Tokens outside the mask, and those that
+        The weights are those before any expert is masked. `used_TE` is what utilisation averages
+        in their place, as where top-k decides who is used. Tokens outside the mask, and those that
         are not finite, do not count. Nothing is added during a recompute.
         """
         if recomputing():
@@ -46,7 +54,8 @@ class ExpertUsage:
         if mask_T is not None:
             keep_T = keep_T & mask_T.reshape(-1).to(keep_T.device)
         weight_TE = torch.where(keep_T[:, None], weight_TE, 0.0)
-        self._weight_E += weight_TE.sum(0)
+        used_TE = weight_TE if used_TE is None else used_TE.to(weight_TE) * keep_T[:, None]
+        self._weight_E += used_TE.sum(0)
         self._energy_E += torch.where(keep_T, square_T, 0.0) @ weight_TE
         self._count += keep_T.sum()
 

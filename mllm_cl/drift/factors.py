@@ -19,10 +19,10 @@ def low_rank_moment(a_RD: Tensor, c: Spectrum) -> Tensor:
     Beyond the kept directions C is taken as isotropic, with the trace that they leave over.
     """
     dtype = torch.promote_types(a_RD.dtype, c.basis_DK.dtype)
-    a_RD, basis_DK, value_K = a_RD.to(dtype), c.basis_DK.to(dtype), c.eigenvalue_K.to(dtype)
+    a_RD, value_K = a_RD.to(dtype), c.eigenvalue_K.to(dtype)
     num_left = c.dim - value_K.shape[-1]
     rest = (c.trace.to(dtype) - value_K.sum(-1)).clamp_min(0) / max(num_left, 1)
-    kept_RK = a_RD @ basis_DK
+    kept_RK = c.inner(a_RD)
     inside = (kept_RK * (value_K - rest[..., None])[..., None, :]) @ kept_RK.mT
     return inside + rest[..., None, None] * (a_RD @ a_RD.mT)
 
@@ -47,7 +47,7 @@ def slow_b_within(
     budget: float, c: Spectrum, weight_OD: Tensor, *, a_RD: Tensor, step_OR: Tensor
 ) -> DriftGuard:
     """The same for dB, X = s dB A', with the A' of the task's end; `step_OR` is s dB."""
-    energy = (c.eigenvalue_K * (weight_OD.float() @ c.basis_DK).square().sum(-2)).sum(-1)
+    energy = (c.eigenvalue_K * c.inner(weight_OD.float()).square().sum(-2)).sum(-1)
     felt = as_spectrum(low_rank_moment(a_RD, c))
     # A stand-in for W on B's side of A: one row of the same energy.
     size = (energy / felt.eigenvalue_K[..., 0]).sqrt()
@@ -57,6 +57,8 @@ def slow_b_within(
 
 def _for_each(c: Spectrum, step: Tensor) -> Spectrum:
     lead = step.shape[:-2]
+    if c.turn_KK is not None:
+        return c
     return Spectrum(
         c.basis_DK.expand(*lead, -1, -1), c.eigenvalue_K.expand(*lead, -1), c.trace.expand(lead)
     )

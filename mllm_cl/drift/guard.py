@@ -25,19 +25,20 @@ class DriftGuard:
     """The map d -> outside * (d - (d U) U^T) + (d U) diag(gain) U^T on the rows of an update d.
 
     basis_DK (..., D, K) orthonormal, gain_K (..., K) >= 0, `outside` the gain of every direction
-    not in the basis. With leading E in the basis, d is (E, O, D). It is linear and symmetric, so it
-    is also its own backward.
+    not in the basis. With leading E in the basis, d is (E, O, D). Experts may share one basis (D,
+    K) and turn it each for itself: U_e = basis_DK turn_KK, turn_KK (E, K, K) orthogonal, gain_K
+    (E, K), and then may have an `outside` (E,) each. It is linear and symmetric, so it is also its
+    own backward.
     """
 
     basis_DK: Tensor
     gain_K: Tensor
-    outside: float = 1.0
+    outside: float | Tensor = 1.0
+    turn_KK: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (
-            self.basis_DK.dim() < 2
-            or self.gain_K.shape != self.basis_DK.shape[:-2] + self.basis_DK.shape[-1:]
-        ):
+        each = self.basis_DK if self.turn_KK is None else self.turn_KK
+        if each.dim() < 2 or self.gain_K.shape != each.shape[:-2] + self.basis_DK.shape[-1:]:
             raise ValueError(
                 f"a basis (..., D, K) needs one gain for each of its K directions, found shapes "
                 f"{tuple(self.basis_DK.shape)} and {tuple(self.gain_K.shape)}."
@@ -59,12 +60,24 @@ class DriftGuard:
             # TF32 rounds to 11 bits: projecting in it would leak 5e-4 of the delta.
             inner = torch.float64 if _float32_is_rounded(delta.device) else result
             delta, basis_DK = delta.to(inner), self.basis_DK.to(inner)
+            turn_KK = None if self.turn_KK is None else self.turn_KK.to(inner)
             # A basis of all D directions leaves nothing outside; without that term what is closed
             # is 0 and not the rounding of d - d.
             outside = self.outside if basis_DK.shape[-1] < self.dim else 0.0
+            if turn_KK is not None:
+                return self._turned(delta, basis_DK, turn_KK, outside).to(result)
             excess_K = self.gain_K.to(inner) - outside
             excess_K = excess_K.unsqueeze(-2) if basis_DK.dim() > 2 else excess_K
             return (outside * delta + ((delta @ basis_DK) * excess_K) @ basis_DK.mT).to(result)
+
+    def _turned(
+        self, delta: Tensor, basis_DK: Tensor, turn_KK: Tensor, outside: float | Tensor
+    ) -> Tensor:
+        outside_E11 = torch.as_tensor(outside, dtype=delta.dtype, device=delta.device)
+        outside_E11 = outside_E11.reshape(-1, 1, 1)
+        excess_E1K = self.gain_K.to(delta.dtype).unsqueeze(-2) - outside_E11
+        moved_OK = (((delta @ basis_DK) @ turn_KK) * excess_E1K) @ turn_KK.mT
+        return outside_E11 * delta + moved_OK @ basis_DK.mT
 
     @property
     def dim(self) -> int:
@@ -74,9 +87,14 @@ class DriftGuard:
     def occupancy(self) -> Tensor:
         """The share of the D directions with gain 0, in [0, 1]: (...)."""
         closed = (self.gain_K == 0).sum(-1)
-        if self.outside == 0:
+        if self.turn_KK is None and self.outside == 0:
             closed = closed + self.dim - self.gain_K.shape[-1]
         return closed / self.dim
+
+    @property
+    def lets_nothing_move(self) -> bool:
+        """Whether every direction has gain 0."""
+        return not (torch.as_tensor(self.outside).any() or self.gain_K.any())
 
     def leak(self, displacement: Tensor) -> Tensor:
         """||D U0||_F / ||D||_F, U0 all directions of gain 0: (...), float64; 0 if D is 0.
@@ -84,10 +102,12 @@ class DriftGuard:
         If `outside` is 0, everything outside the basis belongs to U0.
         """
         displacement, basis_DK = displacement.double(), self.basis_DK.double()
+        if self.turn_KK is not None:
+            basis_DK = basis_DK @ self.turn_KK.double()
         inner_OK = displacement @ basis_DK
         closed_K = (self.gain_K == 0).unsqueeze(-2)
         leaked = (inner_OK * closed_K).square().sum((-2, -1))
-        if self.outside == 0:
+        if self.turn_KK is None and self.outside == 0:
             leaked = leaked + (displacement - inner_OK @ basis_DK.mT).square().sum((-2, -1))
         whole = displacement.square().sum((-2, -1))
         return torch.where(
@@ -134,7 +154,9 @@ class DriftGuard:
         m = damping * tr C / D, damping in units of the mean eigenvalue. Under SGD this is the
         preconditioner m (C + m I)^-1 (arXiv:2602.01990 eq. 14, times m so that directions without
         old inputs keep their learning rate); under Adam the factor is about its square root.
-        Directions beyond the kept K count as lambda = 0: gain 1.
+        Directions beyond the kept K count as lambda = 0: gain 1. Where experts share a basis, which
+        may hold little of what one of them meets, they count as isotropic with the trace that is
+        left over.
 
         With `budget` = eps, `damping` is not used: for each expert it is the largest value (the
         least slowing) at which the displacement d = slow(delta) of the weight W satisfies tr(d C
@@ -150,7 +172,11 @@ class DriftGuard:
             raise ValueError(
                 f"damping must be positive, found {damping.tolist()}; to stop movement use forbid."
             )
-        return cls(c.basis_DK, _slow_gain(c, damping).to(c.basis_DK.dtype))
+        gain_K = _slow_gain(c, damping, c.eigenvalue_K).to(c.basis_DK.dtype)
+        if c.turn_KK is None:
+            return cls(c.basis_DK, gain_K)
+        outside_E = _slow_gain(c, damping, _left_over(c).unsqueeze(-1)).squeeze(-1)
+        return cls(c.basis_DK, gain_K, outside_E.to(gain_K.dtype), c.turn_KK)
 
     @classmethod
     def spectral(
@@ -212,6 +238,8 @@ class DriftGuard:
             )
         if len(guards) == 1:
             return guards[0]
+        if any(guard.turn_KK is not None for guard in guards):
+            raise ValueError("guards whose experts turn a shared basis do not compose.")
         return _compose(sorted(guards, key=lambda guard: guard.outside == 0))
 
     def compact(self) -> DriftGuard:
@@ -219,24 +247,30 @@ class DriftGuard:
 
         The last step before a guard is used: a composition would want to know of closed columns.
         """
+        if self.turn_KK is not None:
+            return self  # what one expert could spare, another needs
         columns = _columns(self.basis_DK, self.gain_K, self.gain_K != self.outside)
         return DriftGuard(*columns, self.outside)
 
     def to(self, device: torch.device | str) -> DriftGuard:
-        return DriftGuard(self.basis_DK.to(device), self.gain_K.to(device), self.outside)
+        basis_DK, gain_K = self.basis_DK.to(device), self.gain_K.to(device)
+        if self.turn_KK is None:
+            return DriftGuard(basis_DK, gain_K, self.outside)
+        outside = torch.as_tensor(self.outside, device=device)
+        return DriftGuard(basis_DK, gain_K, outside, self.turn_KK.to(device))
 
     def state(self) -> dict[str, Tensor]:
         """Everything a guard is, as tensors on the CPU."""
-        outside = torch.tensor(self.outside, dtype=torch.float64)
-        return {
-            "basis": self.basis_DK.cpu().clone(),
-            "gain": self.gain_K.cpu().clone(),
-            "outside": outside,
-        }
+        outside = torch.as_tensor(self.outside, dtype=torch.float64)
+        state = {"basis": self.basis_DK, "gain": self.gain_K, "outside": outside}
+        state |= {} if self.turn_KK is None else {"turn": self.turn_KK}
+        return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> DriftGuard:
-        return cls(state["basis"], state["gain"], float(state["outside"]))
+        outside, turn_KK = state["outside"], state.get("turn")
+        outside = float(outside) if turn_KK is None else outside.to(state["gain"].dtype)
+        return cls(state["basis"], state["gain"], outside, turn_KK)
 
 
 def guarded_gradient(weight: Tensor, g: DriftGuard) -> Tensor:
@@ -252,7 +286,7 @@ def guarded_gradient(weight: Tensor, g: DriftGuard) -> Tensor:
 class _GuardedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, g: DriftGuard) -> Tensor:
-        ctx.guard = DriftGuard(g.basis_DK, g.gain_K.square(), g.outside**2)
+        ctx.guard = DriftGuard(g.basis_DK, g.gain_K.square(), g.outside**2, g.turn_KK)
         return weight.view_as(weight)
 
     @staticmethod
@@ -294,13 +328,18 @@ def _trailing_mean(value_K: Tensor, window: int) -> Tensor:
     return (total_K[..., end_K] - total_K[..., start_K]).clamp_min(0) / (end_K - start_K)
 
 
-def _slow_gain(c: Spectrum, damping: Tensor) -> Tensor:
+def _slow_gain(c: Spectrum, damping: Tensor, value_K: Tensor) -> Tensor:
     """sqrt(m / (lambda + m)), m = damping * tr C / D; 1 where no input was ever seen (C = 0)."""
     m = (damping * c.trace.double() / c.dim).unsqueeze(-1)
-    value_K = c.eigenvalue_K.double()
     return torch.where(
-        m > 0, m / (value_K + m).clamp_min(torch.finfo(torch.float64).tiny), 1.0
+        m > 0, m / (value_K.double() + m).clamp_min(torch.finfo(torch.float64).tiny), 1.0
     ).sqrt()
+
+
+def _left_over(c: Spectrum) -> Tensor:
+    """The mean eigenvalue of what is not kept: (...), float64."""
+    left = (c.trace.double() - c.eigenvalue_K.double().sum(-1)).clamp_min(0)
+    return left / max(1, c.dim - c.eigenvalue_K.shape[-1])
 
 
 def _damping_for(c: Spectrum, budget: float, weight: Tensor | None, delta: Tensor | None) -> Tensor:
@@ -313,15 +352,15 @@ def _damping_for(c: Spectrum, budget: float, weight: Tensor | None, delta: Tenso
         raise ValueError(
             f"budget is a share of the weight's own output energy, so positive; found {budget}."
         )
-    basis_DK, value_K = c.basis_DK.double(), c.eigenvalue_K.double()
-    moved_K = value_K * (delta.double() @ basis_DK).square().sum(-2)
-    allowed = budget * (value_K * (weight.double() @ basis_DK).square().sum(-2)).sum(-1)
+    value_K = c.eigenvalue_K.double()
+    moved_K = value_K * c.inner(delta.double()).square().sum(-2)
+    allowed = budget * (value_K * c.inner(weight.double()).square().sum(-2)).sum(-1)
     # ours: at 1e-12 the gains of a direction with lambda above the mean are below 1e-6, at 1e12
     # above 1 - 1e-12 D.
     low, high = torch.full_like(allowed, -12.0), torch.full_like(allowed, 12.0)
     for _ in range(60):  # 24 decades / 2^60: the last digit
         middle = (low + high) / 2
-        fits = (moved_K * _slow_gain(c, 10**middle).square()).sum(-1) <= allowed
+        fits = (moved_K * _slow_gain(c, 10**middle, value_K).square()).sum(-1) <= allowed
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     return 10**low
 

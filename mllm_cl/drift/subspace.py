@@ -19,24 +19,34 @@ class Spectrum:
     """The leading eigenpairs of a second moment C, and the whole of its trace.
 
     basis_DK (..., D, K): orthonormal columns, largest eigenvalue first; eigenvalue_K (..., K) >= 0;
-    trace (...): of all of C, so that energy ratios keep their true denominator when K < D.
+    trace (...): of all of C, so that energy ratios keep their true denominator when K < D. With
+    `turn_KK` (E, K, K), orthogonal, E experts share basis_DK (D, K) and the eigenvectors of each
+    are the columns of basis_DK turn_KK, which need never be formed.
     """
 
     basis_DK: Tensor
     eigenvalue_K: Tensor
     trace: Tensor
+    turn_KK: Tensor | None = None
 
     @property
     def dim(self) -> int:
         return self.basis_DK.shape[-2]
 
+    def inner(self, rows_OD: Tensor) -> Tensor:
+        """The rows (..., O, D) in the coordinates of the eigenvectors: (..., O, K)."""
+        inner_OK = rows_OD @ self.basis_DK.to(rows_OD.dtype)
+        return inner_OK if self.turn_KK is None else inner_OK @ self.turn_KK.to(rows_OD.dtype)
+
     def truncate(self, rank: int | None) -> Spectrum:
         """The `rank` largest eigenpairs; the trace stays that of all of C."""
+        assert self.turn_KK is None, "a shared basis has no order of its own"
         return Spectrum(self.basis_DK[..., :rank], self.eigenvalue_K[..., :rank], self.trace)
 
     def to(self, device: torch.device | str) -> Spectrum:
+        turn_KK = None if self.turn_KK is None else self.turn_KK.to(device)
         return Spectrum(
-            self.basis_DK.to(device), self.eigenvalue_K.to(device), self.trace.to(device)
+            self.basis_DK.to(device), self.eigenvalue_K.to(device), self.trace.to(device), turn_KK
         )
 
 

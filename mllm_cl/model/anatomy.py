@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from mllm_cl import engine
+from mllm_cl.model.quantised import stacks_in
 from mllm_cl.model.walk import bare, is_recorded, walk
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _undeclared(model: nn.Module, counts: set[int]) -> Iterator[tuple[str, nn.Mo
     silent = {name: module for name, module, recorders in walk(model) if not recorders}
     for name, module in silent.items():
         sizes = [engine.shape(parameter) for parameter in module.parameters(recurse=False)]
+        sizes += [stack.shape for stack in stacks_in(module).values()]
         for num_experts in counts & {size[0] for size in sizes if len(size) == 3}:
             yield from _beside(name, num_experts, silent)
 

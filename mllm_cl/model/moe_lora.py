@@ -239,7 +239,7 @@ def attach_moe_lora(
             alpha=alpha,
             top_k=top_k,
             device=linear.weight.device,
-            generator=_generator(seed, name),
+            generator=seeded(seed, name),
         )
         attach(linear, adapters[name])
     return adapters
@@ -250,7 +250,8 @@ def _forward_with_adapter(self: nn.Linear, input: Tensor) -> Tensor:
     return output + self.moe_lora(input).to(output.dtype)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each seed and name, the same in every process."""
     # hashlib, because hash() of a string differs from process to process.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -14,9 +14,13 @@ from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage
 from mllm_cl.drift.covariance import CovarianceTracker, recomputing
 from mllm_cl.model.anatomy import logits
+from mllm_cl.model.expert_lora import ExpertLoRA, Rows, adapted
 from mllm_cl.model.linears import vision_names
 from mllm_cl.model.surgery import installed_on
 from mllm_cl.model.tower import guard_picture
+
+# What becomes of rows that enter an expert's stack: (source, input_ND, rows, mask_N).
+Gather = Callable[[str, Tensor, Rows, Tensor | None], None]
 
 # Above this width a full second moment costs more memory than it is worth: 64 MiB at 4096.
 FULL_BELOW = 1024
@@ -64,12 +68,35 @@ class Watch:
                 module.register_forward_hook(self._router_hook(path), prepend=True)
             )
         self._handles.append(model.register_forward_hook(self._leave, always_call=True))
+        self._observed: list[ExpertLoRA] = []
+
+    def observe(self, path: str, lora: ExpertLoRA, gather: Gather) -> None:
+        """Hand on what enters both stacks of an experts module, called `path.STACK`."""
+
+        def observer(name: str, input_ND: Tensor, rows: Rows) -> None:
+            if self._counts():
+                gather(f"{path}.{name}", input_ND, rows, self._mask_rows(path, rows))
+
+        lora.observer = observer
+        self._observed.append(lora)
+
+    def follow(self, path: str, module: nn.Module, gather: Callable) -> None:
+        """Hand on (path, arguments, mask_T or None) of each forward of a module."""
+
+        def hook(module: nn.Module, args: tuple) -> None:
+            if self._counts():
+                gather(path, args, self._mask_for(path, args[0]))
+
+        self._handles.append(module.register_forward_pre_hook(hook))
 
     def close(self) -> None:
         """Remove the hooks; what was gathered stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for lora in self._observed:
+            lora.observer = None
+        self._observed.clear()
 
     def __enter__(self) -> "Watch":
         return self
@@ -163,6 +190,14 @@ class Watch:
         tokens = input_TD.shape[:-1].numel()
         return self._mask.bool() if self._mask.numel() == tokens else None
 
+    def _mask_rows(self, path: str, rows: Rows) -> Tensor | None:
+        """The mask of the tokens that rows stand for."""
+        if self._mask is None or self._mask.dim() != 2 or path in self._unmasked:
+            return None
+        if self._mask.numel() != rows.num_tokens:
+            return None
+        return self._mask.bool().reshape(-1)[rows.token_N]
+
     def _router_hook(self, path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
             if self._counts():
@@ -203,9 +238,15 @@ def measure(
     batches: Iterable[dict[str, Tensor]],
     *,
     rank: int,
+    gather: Gather | None = None,
 ) -> Watch:
-    """A closed `Watch` over one forward pass per batch, with dropout off; not yet reduced."""
+    """A closed `Watch` over one forward pass per batch, with dropout off; not yet reduced.
+
+    `gather` gets what enters the adapted experts of the model, batch by batch.
+    """
     with Watch(model, modules, routers, rank=rank) as watch, evaluating(model):
+        for path, lora in adapted(model).items() if gather else ():
+            watch.observe(path, lora, gather)
         for batch in batches:
             forward(model, batch)
     return watch

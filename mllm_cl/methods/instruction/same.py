@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage, ReleasedActivation, active_experts
 from mllm_cl.drift.covariance import CovarianceTracker, recomputing, sketch_width
+from mllm_cl.drift.expert_moments import ExpertMoments
 from mllm_cl.drift.factors import low_rank_moment, slow_a_within, slow_b_within
 from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.drift.subspace import Spectrum, without
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce, Tuned
 from mllm_cl.model.adapt import Site, rest, resting_experts, router_sites
+from mllm_cl.model.expert_lora import adapted, stacks
 from mllm_cl.model.moe_lora import MoELoRA
+from mllm_cl.model.quantised import whole
 from mllm_cl.model.surgery import Guard, advance, guard, installed_on, only_train
 from mllm_cl.model.watch import Watch, kept_rank, measure
+from mllm_cl.model.watch_experts import LayerWatch, expert_moments
 from mllm_cl.task import Task
 
 SLOWED = {"both": ("A", "B", "weight"), "a": ("A", "weight"), "none": ()}
@@ -44,6 +48,8 @@ class Same(Tuned):
         tr(dW C dW^T) <= budget tr(W C W^T) on earlier inputs. dW is what this task adds to an
         adapted layer or a whole linear, W the layer without adapters, or the linear as earlier
         tasks left it. The traces are over the kept directions, all of them below width 1024.
+    experts (of the model itself): with `lora` each is slowed by the history of the tokens that were
+        routed to it, in a basis of `expert_rank` directions that the experts of a layer share.
     activation: experts that this task uses little and earlier ones needed rest: they answer as
         before, and do not move. `paper` decides once per task, from a pass over its data with the
         incoming router. `released` decides at every step as the published code does, whose resting
@@ -64,13 +70,14 @@ class Same(Tuned):
     activation_threshold: float = 0.1
     update: Literal["coordinates", "gradient"] = "coordinates"
     rank: int = 256
+    expert_rank: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("forbid_energy", "confine_energy"):
             if not 0 < vars(self)[name] <= 1:
                 raise ValueError(f"{name} is a share in (0, 1], found {vars(self)[name]}")
-        for name in ("damping", "budget", "rank"):
+        for name in ("damping", "budget", "rank", "expert_rank"):
             value = vars(self)[name]
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, found {value}")
@@ -79,6 +86,11 @@ class Same(Tuned):
                 f"found num_experts {self.num_experts} and top_k {self.top_k}: where one expert "
                 "answers, its weight is the constant 1 and a router learns nothing. Set both to "
                 "two or more, or 'num_experts: 0' for a plain LoRA."
+            )
+        if self.experts == "whole":
+            raise ValueError(
+                "same slows experts through adapters, whose inputs it can watch; found 'experts: "
+                "whole'. Set 'experts: lora', or train them whole with esft or finetune."
             )
         if self.budget is not None and self.factors != "both":
             raise ValueError(
@@ -94,10 +106,17 @@ class Same(Tuned):
     def forecast_bytes(self, model: nn.Module) -> int:
         """The moment of every guarded input, as if no two modules shared one."""
         met = [site for site in self._guarded(model) if site.role != "B"]
-        widths = {site.source: engine.shape(site.weight)[-1] for site in met}
-        return sum(
+        widths = {site.source: engine.shape(site.weight)[-1] for site in met if not site.experts}
+        moments = sum(
             4 * dim * sketch_width(dim, kept_rank(dim, self.rank)) for dim in widths.values()
         )
+        return moments + sum(self._expert_bytes(site) for site in met if site.experts)
+
+    def _expert_bytes(self, site: Site) -> int:
+        """The basis, Grams, traces and counts of one stack."""
+        dim, num_experts = engine.shape(site.weight)[-1], site.experts.num_experts
+        rank = min(dim, self.expert_rank)
+        return 4 * dim * rank + num_experts * (4 * rank * rank + 16)
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put a guard on every weight that trains; what it allows is decided in `start_task`."""
@@ -108,7 +127,10 @@ class Same(Tuned):
                 continue
             one = guard(site.module, site.name, in_fp32=site.native)
             one.update = self.update
-        known, met = memory.under("same/source"), [site.source for site in self._guarded(model)]
+        known, met = (
+            memory.under("same/source"),
+            [_module_of(site) for site in self._guarded(model)],
+        )
         if known and not any(path in known for path in met):
             raise ValueError(
                 f"the memory was measured at other modules ({next(iter(known))} ...) than those "
@@ -129,19 +151,24 @@ class Same(Tuned):
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """Measure the task's input with the incoming model and set what each guard allows."""
-        watch = self._measure(model, batches, reduce)
+        watch, layers = self._measure(model, batches, reduce)
         spectra = self._past(watch, task, memory)
+        now = None
+        if task.supersedes:
+            now = self._moments(model, watch, layers, batches, reduce)
+        spectra |= self._past_experts(model, task, memory, now)
         shared: dict[tuple[str, str], DriftGuard] = {}
         for site in self._guarded(model):
-            one, source = installed_on(site.module)[site.name], watch.source_of[site.source]
+            one = installed_on(site.module)[site.name]
+            source = site.source if site.experts else watch.source_of[site.source]
             # What meets one tensor in one role, as q, k and v do, shares the basis in memory too.
             key = (site.role, site.path if site.role == "B" else source)
             if key not in shared:
-                shared[key] = self._guard(site, watch.trackers[source], spectra.get(source))
+                shared[key] = self._guard(site, watch.trackers.get(source), spectra.get(source))
             one.g = shared[key]
             one.move(one.displacement.device)
         if self.activation == "paper":
-            self._rest(model, watch, memory)
+            self._rest(model, watch.use | layers.use, memory)
 
     def _past(self, watch: Watch, task: Task, memory: Memory) -> dict[str, Spectrum]:
         """What earlier tasks fed each watched module, without a task that this one supersedes.
@@ -149,7 +176,7 @@ class Same(Tuned):
         Only the answers of that one are wrong, so what it asked is what this task asks: its part
         is the task's own moment, of as many tokens as it put in.
         """
-        spectra, old = {}, self._tokens(memory, task.supersedes, watch)
+        spectra, old = {}, self._tokens(memory, task.supersedes, sorted(watch.trackers))
         for source, now in watch.trackers.items():
             past = self._history(memory, source, now.device)
             if past is None:
@@ -160,17 +187,32 @@ class Same(Tuned):
                 spectra[source] = without(spectra[source], now.spectrum(), share)
         return spectra
 
-    def _tokens(self, memory: Memory, name: str | None, watch: Watch) -> dict[str, Tensor]:
-        """How many tokens task `name` put into the history of each watched module."""
+    def _past_experts(
+        self, model: nn.Module, task: Task, memory: Memory, now: dict[str, ExpertMoments] | None
+    ) -> dict[str, Spectrum]:
+        """The same for the model's own experts, `now` being given where a task is superseded."""
+        known = self._expert_history(model, memory)
+        old = self._tokens(memory, task.supersedes, sorted(known), kind="rows") if known else {}
+        if not old:
+            return {source: past.spectrum() for source, past in known.items()}
+        return {
+            source: past.without(now[source], min(1.0, float(old[source] / past.count_E.sum())))
+            for source, past in known.items()
+        }
+
+    def _tokens(
+        self, memory: Memory, name: str | None, sources: list[str], kind: str = "tokens"
+    ) -> dict[str, Tensor]:
+        """How many tokens task `name` put into the history of each source."""
         if name is None:
             return {}
-        known = memory.get(f"same/tokens/{name}")
+        known = memory.get(f"same/{kind}/{name}")
         if known is None:
             raise ValueError(
                 f"the task supersedes {name!r}, of which the memory knows nothing; it knows "
                 f"{', '.join(memory.under('same/tokens')) or 'no task'}"
             )
-        return dict(zip(sorted(watch.trackers), known, strict=True))
+        return dict(zip(sources, known, strict=True))
 
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
@@ -178,7 +220,7 @@ class Same(Tuned):
         """Add the task's input, as the finished model sees it, to the history of all tasks."""
         if self.budget is not None:
             self._keep_within_budget(model, memory, self.budget)
-        watch = self._measure(model, batches, reduce)
+        watch, layers = self._measure(model, batches, reduce)
         past = {
             source: self._history(memory, source, tracker.device)
             for source, tracker in watch.trackers.items()
@@ -191,11 +233,19 @@ class Same(Tuned):
             if past[source] is not None:
                 tracker.merge(past[source])
             memory.put(f"same/moment/{source}", tracker.state())
-        for path, use in watch.use.items():
+        for path, use in (watch.use | layers.use).items():
             before = memory.under(f"same/use/{path}")
             if before:
                 use.merge(ExpertUsage.from_state(before))
             memory.put(f"same/use/{path}", use.state())
+        moments = self._moments(model, watch, layers, batches, reduce)
+        if moments:
+            rows = [moments[source].count_E.sum() for source in sorted(moments)]
+            memory[f"same/rows/{task.name}"] = torch.stack(rows).cpu()
+        known = self._expert_history(model, memory)
+        for source, here in moments.items():
+            both = here.merge(known[source], self.expert_rank) if source in known else here
+            memory.put(f"same/experts/{source}", both.state())
 
     def _guarded(self, model: nn.Module) -> list[Site]:
         return [site for site in self.sites(model) if site.name in installed_on(site.module)]
@@ -218,16 +268,46 @@ class Same(Tuned):
             "'router: frozen' to slow the trained weights alone."
         )
 
-    def _measure(self, model: nn.Module, batches: Batches, reduce: Reduce) -> Watch:
-        modules = {site.source: model.get_submodule(site.source) for site in self._guarded(model)}
+    def _measure(
+        self, model: nn.Module, batches: Batches, reduce: Reduce
+    ) -> tuple[Watch, LayerWatch]:
+        modules = {
+            # What enters the up products of experts is what enters their module.
+            source: model.get_submodule(source)
+            for source in (_module_of(site) for site in self._guarded(model))
+        }
         routers = {path: moe.router for path, moe in resting_experts(model).items()}
-        watch = measure(model, modules, routers, batches, rank=self.rank)
+        layers = LayerWatch(model, rank=self.rank)
+        watch = measure(model, modules, routers, batches, rank=self.rank, gather=layers.gather)
         watch.reduce(reduce)
+        layers.reduce(reduce)
         # A rank that saw nothing has its sums on the CPU; all ranks must compute the same bases.
         for site in self._guarded(model):
             device = installed_on(site.module)[site.name].displacement.device
-            watch.trackers[watch.source_of[site.source]].to(device)
-        return watch
+            watch.trackers[watch.source_of[_module_of(site)]].to(device)
+        return watch, layers
+
+    def _moments(
+        self, model: nn.Module, watch: Watch, layers: LayerWatch, batches: Batches, reduce: Reduce
+    ) -> dict[str, ExpertMoments]:
+        """What enters each of the model's own experts: a second pass, in bases of the first."""
+        if not adapted(model):
+            return {}
+        device = next(model.parameters()).device
+        bases = layers.bases(watch, self.expert_rank)
+        bases = {source: basis_DK.to(device) for source, basis_DK in bases.items()}
+        return expert_moments(model, bases, batches, reduce)
+
+    def _expert_history(self, model: nn.Module, memory: Memory) -> dict[str, ExpertMoments]:
+        """What earlier tasks fed each of the model's own experts, by stack."""
+        device = next(model.parameters()).device
+        sources = {site.source for site in self._guarded(model) if site.experts}
+        states = {source: memory.under(f"same/experts/{source}") for source in sorted(sources)}
+        return {
+            source: ExpertMoments.from_state(state).to(device)
+            for source, state in states.items()
+            if state
+        }
 
     def _history(self, memory: Memory, path: str, device: torch.device) -> CovarianceTracker | None:
         """The moments of what earlier tasks fed the module at `path`, None without one."""
@@ -237,7 +317,9 @@ class Same(Tuned):
         state = memory.under(f"same/moment/{_string(keeper)}")
         return CovarianceTracker.from_state(state).to(device)
 
-    def _guard(self, site: Site, now: CovarianceTracker, past: Spectrum | None) -> DriftGuard:
+    def _guard(
+        self, site: Site, now: CovarianceTracker | None, past: Spectrum | None
+    ) -> DriftGuard:
         """What `site` may do, given what it meets now and what it met before."""
         if site.role == "router" and self.router != "free":
             return self._router_guard(now.spectrum(), past)
@@ -256,19 +338,19 @@ class Same(Tuned):
         forbidden = DriftGuard.forbid(past, energy=self.forbid_energy)
         return DriftGuard.compose(confined, forbidden).compact()
 
-    def _rest(self, model: nn.Module, watch: Watch, memory: Memory) -> None:
-        """Decide which LoRA experts move in this task, from sums over all ranks."""
-        for path, moe in resting_experts(model).items():
+    def _rest(self, model: nn.Module, use: dict[str, ExpertUsage], memory: Memory) -> None:
+        """Decide which experts move in this task, from sums over all ranks."""
+        for path, (module, weights) in _experts_of(model).items():
             past = memory.under(f"same/use/{path}")
             if not past:
                 continue
             active_E = active_experts(
-                watch.use[path].utilisation_E.cpu(),
+                use[path].utilisation_E.cpu(),
                 ExpertUsage.from_state(past).importance_E,
                 threshold=self.activation_threshold,
             )
-            for name in ("lora_A", "lora_B"):
-                one = installed_on(moe)[name]
+            for name in weights:
+                one = installed_on(module)[name]
                 one.active_E = active_E.float().to(one.displacement.device)
         rest(model)
 
@@ -278,9 +360,13 @@ class Same(Tuned):
         At the end, since only the finished step says what old inputs feel of it; and before this
         task is measured, whose inputs depend on it.
         """
+        known = self._expert_history(model, memory)
         for site in self._guarded(model):
             one = installed_on(site.module)[site.name]
-            history = self._history(memory, site.source, one.displacement.device)
+            if site.experts:
+                history = known.get(site.source)
+            else:
+                history = self._history(memory, site.source, one.displacement.device)
             if history is None or site.role not in ("weight", "B"):
                 continue
             past = history.spectrum()
@@ -293,7 +379,7 @@ class Same(Tuned):
 
 def _join_factors(site: Site, past: Spectrum, budget: float) -> None:
     """Join the steps of both factors of the LoRA whose B is at `site`, A's first. Collective."""
-    a_site, weight_OD = site.before, engine.full(site.layer._parameters["weight"]).float()
+    a_site, weight_OD = site.before, _frozen(site)
     a, b = (installed_on(one.module)[one.name] for one in (a_site, site))
     b_OR, step_RD = site.scale * _effective(site), a.step(engine.full(a.delta))
     _join(a, slow_a_within(budget, past, weight_OD, b_OR=b_OR, step_RD=step_RD))
@@ -310,6 +396,34 @@ def _join(one: Guard, slowed: DriftGuard) -> None:
 def _effective(site: Site) -> Tensor:
     """The weight that earlier tasks left at `site`, fp32. Collective under sharding."""
     return engine.full(site.weight).float() + installed_on(site.module)[site.name].displacement
+
+
+def _frozen(site: Site) -> Tensor:
+    """The weight beside which a LoRA answers, inputs last, fp32. Collective under sharding."""
+    if site.experts is None:
+        return whole(site.layer, "weight")
+    stack = whole(site.layer, site.source.rpartition(".")[2])
+    return stack.mT if site.experts.transposed else stack
+
+
+def _module_of(site: Site) -> str:
+    """The name of the module whose input is watched for a site."""
+    return site.experts.path if site.experts else site.source
+
+
+def _experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """The modules whose experts may rest, with the names of their guarded stacks, by where their
+    use is kept: LoRA experts by their router, a model's own by their module.
+    """
+    mixtures = {path: (moe, ("lora_A", "lora_B")) for path, moe in resting_experts(model).items()}
+    native = {
+        path: (
+            lora.layout.module,
+            tuple(f"{name}_lora_{one}" for name, _, _ in stacks(lora.layout) for one in "AB"),
+        )
+        for path, lora in adapted(model).items()
+    }
+    return mixtures | native
 
 
 def _follow(moe: MoELoRA, memory: Memory, key: str) -> None:
