@@ -15,7 +15,8 @@ from torch import nn
 from mllm_cl import engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.memory import Memory
-from mllm_cl.model import anatomy
+from mllm_cl.method import Displaced
+from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.load import empty_model
 from mllm_cl.model.surgery import guards
 from mllm_cl.recipe import Recipe, RecipeError
@@ -98,6 +99,7 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
         raise RecipeError("model", str(error)) from error
     sequence = tasks_of(recipe)
     total = sum(weight.numel() for weight in model.parameters())
+    saved = _saved(recipe, launch, model)
     try:
         recipe.method.before_task(model, sequence[0], Memory())
     except ValueError as error:
@@ -111,19 +113,32 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
             for name, weight in trained.items()
         },
         launch=launch,
-        device_bytes=_device_bytes(recipe, launch, model, longest),
+        device_bytes=_device_bytes(recipe, launch, model, longest, saved),
         kept_bytes=recipe.method.forecast_bytes(model),
         longest=longest,
     )
 
 
-def _device_bytes(recipe: Recipe, launch: Launch, model: nn.Module, longest: int) -> dict[str, int]:
+def _saved(recipe: Recipe, launch: Launch, model: nn.Module) -> int:
+    """The bytes that four bits save, 0 without. RecipeError where the launch cannot have them."""
+    if not recipe.model.load_in_4bit:
+        return 0
+    try:
+        four_bit.check_engine(launch.engine)
+        return four_bit.saved_bytes(model, recipe.model)
+    except ValueError as error:
+        raise RecipeError("model.load_in_4bit", str(error)) from error
+
+
+def _device_bytes(
+    recipe: Recipe, launch: Launch, model: nn.Module, longest: int, saved: int
+) -> dict[str, int]:
     weights = list(model.parameters())
     number = sum(weight.numel() for weight in weights if weight.requires_grad)
     held = guards(model).values()
     bases = sum(prod(one.displacement.shape[:-2]) * _basis(recipe, one) for one in held)
     return {
-        "frozen weights": sum(w.nbytes for w in weights if not w.requires_grad)
+        "frozen weights": (sum(w.nbytes for w in weights if not w.requires_grad) - saved)
         // launch.shards("weights"),
         "trained weights": 4 * number // launch.shards("weights"),
         "gradients": 4 * number // launch.shards("gradients"),
@@ -135,6 +150,8 @@ def _device_bytes(recipe: Recipe, launch: Launch, model: nn.Module, longest: int
 
 def _basis(recipe: Recipe, one) -> int:
     """Bytes of one guard's basis from the second task on, at most."""
+    if isinstance(recipe.method, Displaced):
+        return 0  # its guards forbid nothing
     dim = one.displacement.shape[-1]
     return 4 * dim * min(dim, vars(recipe.method).get("rank", dim))
 

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from mllm_cl.memory import Memory
 from mllm_cl.model import adapt
 from mllm_cl.model.adapt import Site
-from mllm_cl.model.surgery import only_train
-from mllm_cl.task import Sample, Task
+from mllm_cl.model.surgery import guard, only_train
+from mllm_cl.task import Sample, Task, kept_samples
 
 Batches = Iterable[dict[str, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
@@ -27,7 +29,8 @@ class Method:
     A method acts on the model in two places that every engine respects: inside `forward` (surgery
     in `before_task`) and in the loss. The runner calls the verbs in this order, once per task, on
     all ranks: `before_task` (bare model), `train_set`, `start_task` (model on its engine, before
-    the first step), `loss` (every step), `after_task` (trained model). `batches` are collated
+    the first step), `before_forward` and `loss` (every step, before and after the model's
+    forward), `after_task` (trained model). `batches` are collated
     samples of the task's training data, this rank's share of a fixed seeded selection; `reduce`
     sums a tensor over ranks.
     """
@@ -36,6 +39,8 @@ class Method:
     engines: ClassVar[tuple[str, ...]] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
     rehearsal: ClassVar[bool] = False
     trains_once: ClassVar[bool] = False  # on all tasks at their end, instead of one after another
+    calibration_batch: ClassVar[int | None] = None  # samples in one of `batches`; None: any number
+    starts_exact: ClassVar[bool] = True  # the surgery changes no output, not even by rounding
 
     # What `batches` may hold of a task; ESFT scores experts on as many (arXiv:2407.01906, 32 x
     # 4096).
@@ -50,6 +55,11 @@ class Method:
     def runs_on(self) -> tuple[str, ...]:
         """The engines on which the promise holds with these settings."""
         return self.engines
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of linears or experts train themselves: no model in four bits has any."""
+        return False
 
     def kept_bytes(self, memory: Memory) -> int:
         """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
@@ -73,6 +83,9 @@ class Method:
     ) -> None:
         """Measure the task's data with the incoming model, before the first step."""
 
+    def before_forward(self, model: nn.Module, inputs: dict[str, Tensor], memory: Memory) -> None:
+        """Look at a batch that the model is about to train on."""
+
     def loss(
         self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
     ) -> Tensor | None:
@@ -93,7 +106,8 @@ class Tuned(Method):
     they get a LoRA, without it their weights train whole. `num_experts` above 0 puts a routed
     mixture of as many LoRA experts there instead, whatever `use_peft` is (CoIN's MoELoRA,
     arXiv:2403.08350): rank and alpha are per expert. `train_router` trains the routers that a
-    sparse model was born with.
+    sparse model was born with, `experts` their experts: `lora` puts a LoRA of the same rank and
+    alpha on each, `whole` trains their weights. Empty `lora_target_modules` leave linears alone.
     """
 
     lora_target_modules: tuple[str, ...] | str = "all-linear"
@@ -104,6 +118,7 @@ class Tuned(Method):
     num_experts: int = 0
     top_k: int | None = None
     train_router: bool = True
+    experts: Literal["frozen", "lora", "whole"] = "frozen"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,13 +136,27 @@ class Tuned(Method):
                 "dropout. Set 'lora_dropout: 0', or 'num_experts: 0' and 'use_peft: true'."
             )
 
+    @property
+    def trains_base(self) -> bool:
+        linears = bool(self.lora_target_modules) and not (self.num_experts or self.use_peft)
+        return linears or self.experts == "whole"
+
     def sites(self, model: nn.Module) -> list[Site]:
         """The weights to train; adapters are put in place at the first call."""
         native = adapt.router_sites(model) if self.train_router else []
-        return [*self._adapter_sites(model), *native]
+        return [*self._adapter_sites(model), *self._expert_sites(model), *native]
+
+    def _expert_sites(self, model: nn.Module) -> list[Site]:
+        if self.experts == "lora":
+            return adapt.expert_lora_sites(
+                model, rank=self.lora_r, alpha=self.lora_alpha, seed=self.seed
+            )
+        return adapt.expert_sites(model) if self.experts == "whole" else []
 
     def _adapter_sites(self, model: nn.Module) -> list[Site]:
         patterns = self.lora_target_modules
+        if not patterns:
+            return []
         if self.num_experts:
             return adapt.moe_lora_sites(
                 model,
@@ -152,6 +181,62 @@ class Tuned(Method):
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Adapters in place, their weights and the routers trainable, the rest frozen."""
         only_train(model, [site.weight for site in self.sites(model)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Displaced(Tuned):
+    """A method that trains a displacement beside each weight instead of the weight.
+
+    So the incoming model is at hand while a task is learnt (`model.teacher`), and weight decay
+    pulls to where the last task left the weights. What counts as known are earlier tasks and, if
+    the recipe has any, the `retain` sets; as long as nothing does, there is nothing to keep.
+    """
+
+    def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
+        """A guard that forbids nothing on every weight that trains, the rest frozen."""
+        for site in self.sites(model):
+            guard(site.module, site.name, in_fp32=site.native)
+        only_train(model, [])
+
+    def after_task(
+        self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
+    ) -> None:
+        """Count the task among what is known."""
+        memory[f"{self.name}/known"] = memory.get(f"{self.name}/known", torch.tensor(0)) + 1
+
+    def knows(self, memory: Memory) -> bool:
+        """Whether there is anything to keep yet."""
+        return f"{self.name}/known" in memory
+
+    def forecast_bytes(self, model: nn.Module) -> int:
+        return 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsing(Tuned):
+    """A method that keeps `buffer_bytes` of past samples (PNG and text), shared by the past tasks.
+
+    The budget is in bytes, so that methods can be compared at equal state. Which samples are kept
+    is drawn once per task from the seed; each is seen `repeats` times in a task.
+    """
+
+    buffer_bytes: int = 2**20
+    repeats: int = 1
+
+    def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample]:
+        """This task's samples and the kept ones of the past; puts their bytes into the memory."""
+        kept = [kept_samples(one, self.buffer_bytes // len(past), self.seed) for one in past]
+        memory[f"{self.name}/bytes"] = torch.tensor(sum(size for _, size in kept))
+        memory[f"{self.name}/samples"] = torch.tensor(sum(len(samples) for samples, _ in kept))
+        return ConcatDataset(
+            [task.train, *[samples for samples, _ in kept for _ in range(self.repeats)]]
+        )
+
+    def kept_bytes(self, memory: Memory) -> int:
+        return memory.num_bytes + int(memory.get(f"{self.name}/bytes", torch.tensor(0)))
+
+    def forecast_bytes(self, model: nn.Module) -> int:
+        return self.buffer_bytes + 16
 
 
 def names() -> dict[str, Path]:

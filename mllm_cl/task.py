@@ -1,7 +1,11 @@
 """Tasks and their order: the unit of a continual run is the sequence, not the data set."""
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import Subset
 
 from mllm_cl.metrics.pairs import Metric
 
@@ -61,3 +65,33 @@ class TaskSequence:
 
     def __getitem__(self, index: int) -> Task:
         return self.tasks[index]
+
+
+def kept_samples(task: Task, budget: int, seed: int) -> tuple[Sequence[Sample], int]:
+    """The first samples of a seeded order that fit into `budget` bytes, and what they take."""
+    generator = torch.Generator().manual_seed(seed * 7919 + task.index)
+    chosen, total = [], 0
+    for index in torch.randperm(len(task.train), generator=generator).tolist():
+        size = num_bytes(task.train[index])
+        if total + size > budget:
+            break
+        chosen.append(index)
+        total += size
+    return Subset(task.train, chosen), total
+
+
+def num_bytes(sample: Sample) -> int:
+    """What keeping a sample costs: its text as UTF-8 and its images as PNG."""
+    text = sum(len(_text(message["content"]).encode()) for message in sample["messages"])
+    return text + sum(_png_bytes(image) for image in sample["images"] or ())
+
+
+def _text(content: str | list[dict]) -> str:
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "".join(part.get("text") or "" for part in parts)
+
+
+def _png_bytes(image) -> int:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.tell()

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import ProcessorMixin, Trainer
 
 from mllm_cl import checkpoint, engine, preflight
@@ -40,8 +41,9 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
     `train_dataset` is what the method wants to train on: `method.train_set(task, memory, past)`,
     which is the task's own data but for methods with `rehearsal`.
-    `trainer.preflight` says whether the longest samples are tried before step 1 (`preflight.push`):
-    True on an accelerator, whose memory ends sooner and where it costs next to nothing.
+    `trainer.tries_largest` says whether the longest samples are tried before step 1
+    (`preflight.push`): True on an accelerator, whose memory ends sooner and where it costs next to
+    nothing.
     Raises ValueError for a launch that would silently train something else, and for an engine on
     which the method cannot keep its promise.
     """
@@ -71,7 +73,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             widen(self.model)
             engine.make_ready(self.accelerator, self.model)
             _guard_tower(self.model, self.data_collator, self.processing_class)
-            self.preflight = self.args.device.type != "cpu"
+            self.tries_largest = self.args.device.type != "cpu"
             self.truth = Truth(self)
             self.add_callback(self.truth)
 
@@ -115,8 +117,10 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
                 self.train_dataset,
                 self.data_collator,
                 num_tokens=self.method.calibration_tokens,
-                batch_size=self.args.per_device_train_batch_size,
+                batch_size=self.method.calibration_batch or self.args.per_device_train_batch_size,
                 seed=self.args.seed,
+                name=self.task.name,
+                quiet=self.args.disable_tqdm or engine.rank() > 0,
             )
 
         def prepare_for_evaluation(self) -> None:
@@ -132,11 +136,11 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             bare = self.bare_model()
             engine.check_launch(self.accelerator, bare)
             if resume_from_checkpoint is None:
-                if self.preflight:
-                    preflight.push(self)
                 self.method.start_task(
                     bare, self.task, self.memory, self.batches(), engine.sum_over_ranks
                 )
+                if self.tries_largest:
+                    preflight.push(self)
             else:
                 checkpoint.load(self, Path(resume_from_checkpoint))
             return model, loader
@@ -156,6 +160,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             self.truth.look(inputs)
+            self.method.before_forward(self.bare_model(), inputs, self.memory)
             has_term = type(self.method).loss is not Method.loss
             # Outputs that nobody reads are not asked for: TRL would make a second forward for them.
             asks = return_outputs or has_term
@@ -164,11 +169,12 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             )
             loss, outputs = found if asks else (found, None)
             if has_term:
-                loss = loss + self._term(inputs, outputs, num_items_in_batch)
+                loss = loss + self.term(inputs, outputs, num_items_in_batch)
             self._refuse_no_number(loss)
             return (loss, outputs) if return_outputs else loss
 
-        def _term(self, inputs, outputs, num_items_in_batch) -> Tensor | float:
+        def term(self, inputs, outputs, num_items_in_batch=None) -> Tensor | float:
+            """What the method adds to the loss of a micro-batch."""
             extra = self.method.loss(self.bare_model(), inputs, outputs, self.memory)
             if extra is None:
                 return 0.0
@@ -249,7 +255,12 @@ def learning(
     engine.make_ready(accelerator, bare)
     _guard_tower(bare, loader.collate_fn)
     # Of the loader only what it draws from: iterating it would advance its random state.
-    batches = Calibration(loader.dataset, loader.collate_fn, num_tokens=method.calibration_tokens)
+    batches = Calibration(
+        loader.dataset,
+        loader.collate_fn,
+        num_tokens=method.calibration_tokens,
+        batch_size=method.calibration_batch or 8,
+    )
 
     def term(inputs: dict[str, Tensor], outputs: object) -> Tensor | float:
         trial.judge()
@@ -257,10 +268,19 @@ def learning(
         extra = method.loss(bare, inputs, outputs, memory)
         return 0.0 if extra is None else extra
 
+    def meet(model: nn.Module, args: tuple, inputs: dict[str, Tensor]) -> None:
+        if torch.is_grad_enabled():  # what a method asks the model itself is no training
+            method.before_forward(bare, inputs, memory)
+
     method.start_task(bare, task, memory, batches, engine.sum_over_ranks)
-    with Trial(bare) as trial:
-        yield term
-        trial.judge()
+    # In front of the engine's own hooks, which would otherwise find a forward inside a forward.
+    meeting = model.register_forward_pre_hook(meet, with_kwargs=True, prepend=True)
+    try:
+        with Trial(bare) as trial:
+            yield term
+            trial.judge()
+    finally:
+        meeting.remove()
     method.after_task(bare, task, memory, batches, engine.sum_over_ranks)
     for one in guards(bare).values():
         advance(one)
@@ -283,9 +303,11 @@ class Calibration:
         num_tokens: int = Method.calibration_tokens,
         batch_size: int = 8,
         seed: int = 0,
+        name: str = "",
+        quiet: bool = True,
     ) -> None:
         self.samples, self.collator, self.batch_size = samples, collator, batch_size
-        self.num_tokens, self.seed = num_tokens, seed
+        self.num_tokens, self.seed, self.name, self.quiet = num_tokens, seed, name, quiet
 
     @cached_property
     def chosen(self) -> list[int]:
@@ -301,7 +323,9 @@ class Calibration:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         mine = self.chosen[engine.rank() :: engine.world_size()]
-        for start in range(0, len(mine), self.batch_size):
+        starts = range(0, len(mine), self.batch_size)
+        said = f"measuring {self.name}"
+        for start in tqdm(starts, desc=said, disable=self.quiet, leave=False):
             yield self._collate(mine[start : start + self.batch_size])
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:

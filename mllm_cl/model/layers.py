@@ -51,14 +51,19 @@ class Whole(Layer):
 
 @dataclass(frozen=True)
 class LowRank(Layer):
-    """A linear with PEFT's LoRA beside it."""
+    """A linear with PEFT's LoRA beside it, or with one for each task, by name."""
 
-    scale: float
+    scales: Mapping[str, float]
 
     def added(self, state: State, input_ND: Tensor, logits_NE: Tensor | None) -> Tensor | None:
-        a_RD = effective(state, f"{self.path}.lora_A.default.weight")
-        b_OR = effective(state, f"{self.path}.lora_B.default.weight")
-        return None if a_RD is None or b_OR is None else self.scale * (input_ND @ a_RD.mT @ b_OR.mT)
+        parts = []
+        for adapter, scale in self.scales.items():
+            a_RD = effective(state, f"{self.path}.lora_A.{adapter}.weight")
+            b_OR = effective(state, f"{self.path}.lora_B.{adapter}.weight")
+            if a_RD is not None and b_OR is not None:
+                parts.append(scale * (input_ND @ a_RD.mT @ b_OR.mT))
+        # One that was added since had no share in the answer then.
+        return sum(parts[1:], parts[0]) if parts else None
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,7 @@ def _layer(path: str, module: nn.Module) -> Layer | None:
     if isinstance(moe, MoELoRA):
         return Mixture(path, module, moe.scale, moe.top_k)
     if isinstance(module, LoraLayer):
-        scale = module.scaling.get("default")
-        return None if scale is None else LowRank(path, module, scale)
+        return LowRank(path, module, dict(module.scaling))
     if isinstance(module, nn.Linear) and (
         "weight" in installed_on(module) or module.weight.requires_grad
     ):

@@ -27,7 +27,7 @@ class Guard(nn.Module):
     `update="gradient"` lets delta act as it is and guards its gradient instead (the paper's form,
     which an adaptive optimizer undoes). `active_E`, a float mask over the leading dimension, keeps
     resting experts exactly where they were: masking their gradient would not, since Adam's momentum
-    moves on without one.
+    moves on without one. `left_out` leaves this task's step out of forward (`teacher.incoming`).
     """
 
     def __init__(self, weight: nn.Parameter, g: DriftGuard, *, in_fp32: bool) -> None:
@@ -40,6 +40,7 @@ class Guard(nn.Module):
         self.active_E: Tensor | None = None
         self.update: Literal["coordinates", "gradient"] = "coordinates"
         self.in_fp32 = in_fp32
+        self.left_out = False
 
     def step(self, delta: Tensor | None = None) -> Tensor:
         """What this task adds: g(delta), fp32, zero for resting experts."""
@@ -52,7 +53,7 @@ class Guard(nn.Module):
     def forward(self) -> Tensor:
         """The whole displacement, fp32: what is added to the frozen weight."""
         with torch.autocast(self.displacement.device.type, enabled=False):
-            return self.displacement + self.step()
+            return self.displacement if self.left_out else self.displacement + self.step()
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
