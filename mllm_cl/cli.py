@@ -25,6 +25,9 @@ RUN_HELP = """any key of the recipe: --seed 1, --method.damping=0.3, --tasks.0.t
 values are YAML, and the recipe comes first; with another --method.name, what that method does not
 take of the file's settings is left out, and named"""
 
+EXPORT_NOTES = """merged: the model with everything in its weights, for plain transformers; peft: an
+adapter for plain PEFT; per-expert-peft: one with factors for every expert, as servers read it. The
+card in the folder says how far its logits are from the trained model's."""
 
 # What libraries say when they are imported where there is no GPU, by logger.
 KNOWN_ADVICE = {
@@ -133,6 +136,22 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="FOLDER", help="where they go; default: RUN/report, of several ./report"
     )
     report.set_defaults(call=_report)
+
+    out = commands.add_parser(
+        "export",
+        help="write what a run has learnt as a folder that others open",
+        epilog=EXPORT_NOTES,
+        allow_abbrev=False,
+    )
+    out.add_argument("run", metavar="RUN", help="the output folder of a run")
+    out.add_argument("--task", metavar="T", help="after which task; default: the newest complete")
+    out.add_argument("--to", required=True, choices=("merged", "peft", "per-expert-peft"))
+    out.add_argument("--output", metavar="DIR", help="default: RUN/export/TASK-FORM")
+    out.add_argument("--push-to-hub", action="store_true", help="upload the folder too")
+    out.add_argument("--hub-model-id", metavar="ID", help="where to; default: the recipe's")
+    out.add_argument("--hub-private-repo", action="store_true", default=None)
+    out.add_argument("--trust-remote-code", action="store_true", help="run the base's own code")
+    out.set_defaults(call=_export)
     return parser
 
 
@@ -274,11 +293,38 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mllm_cl.hub import Hub
+    from mllm_cl.recipe import RecipeError
+
+    for name in ("hub_model_id", "hub_private_repo"):
+        if vars(arguments)[name] is not None and not arguments.push_to_hub:
+            raise RecipeError(f"--{name.replace('_', '-')}", "goes with --push-to-hub")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError("export", "found a launch of several processes, expected one alone")
+    from mllm_cl.export import export
+
+    hub = Hub(arguments.hub_model_id, arguments.hub_private_repo)
+    export(
+        Path(arguments.run),
+        arguments.to,
+        task=arguments.task,
+        output=Path(arguments.output) if arguments.output else None,
+        hub=hub if arguments.push_to_hub else None,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return 0
+
+
 def _tell_from_anywhere(text: str) -> None:
     # what only one process has read or computed is known to that one alone
+    from mllm_cl.stopping import process
+
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    process = "" if alone else f"process {os.environ.get('RANK', '0')}: "
-    print(f"mllm-cl: {process}{text}", file=sys.stderr)
+    who = "" if alone else f"{process()}: "
+    print(f"mllm-cl: {who}{text}", file=sys.stderr)
 
 
 def _tell(text: str) -> None:

@@ -147,7 +147,7 @@ def test_the_commands_are_these():
         for node in called
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_parser"
     ]
-    assert sorted(commands) == ["data", "doctor", "list", "measure", "report", "run"]
+    assert sorted(commands) == ["data", "doctor", "export", "list", "measure", "report", "run"]
 
 
 MINIMAL = """
@@ -165,7 +165,8 @@ def test_the_keys_of_a_recipe_are_these(tmp_path):
     assert keys == ["seed", "output_dir", *blocks]
     blocks = {
         ModelBlock: "model_name_or_path model_revision adapter_name_or_path dtype "
-        "attn_implementation trust_remote_code use_peft lora_r lora_alpha lora_dropout "
+        "attn_implementation trust_remote_code load_in_4bit bnb_4bit_quant_type "
+        "use_bnb_nested_quant unquantised use_peft lora_r lora_alpha lora_dropout "
         "lora_target_modules",
         RetainBlock: "name data eval_size metric args",
         TaskBlock: "name data eval_size metric args train_size supersedes",

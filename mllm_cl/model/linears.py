@@ -45,7 +45,7 @@ def linears(
     everywhere = {name: module for name, module in live.items() if isinstance(module, nn.Linear)}
     inside = _within(model, everywhere, within)
     if patterns == "all-linear":
-        left_out = {id(module) for module in (*recorded_routers(model).values(), *_heads(model))}
+        left_out = {id(module) for module in (*recorded_routers(model).values(), *heads(model))}
         return {name: module for name, module in inside.items() if id(module) not in left_out}
     wanted = set()
     for pattern in [patterns] if is_regex else patterns:
@@ -102,10 +102,10 @@ def _unmatched(
     return f"{message} Nearest: {', '.join(nearest)}.{hint}"
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
+def heads(model: nn.Module) -> list[nn.Module]:
     """The output heads (`lm_head`) of a model and its submodels."""
-    heads = [m.get_output_embeddings() for _, m, _ in walk(model) if isinstance(m, PreTrainedModel)]
-    return [head for head in heads if head is not None]
+    found = [m.get_output_embeddings() for _, m, _ in walk(model) if isinstance(m, PreTrainedModel)]
+    return [head for head in found if head is not None]
 
 
 def _within(
@@ -124,7 +124,7 @@ def _within(
             )
         return {name: module for name, module in modules.items() if id(module) in vision}
     language = (
-        _ids([whole.get_decoder(), *_heads(model)]) - vision if whole is not None else _ids([model])
+        _ids([whole.get_decoder(), *heads(model)]) - vision if whole is not None else _ids([model])
     )
     return {name: module for name, module in modules.items() if id(module) in language}
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllm_cl import engine
+from mllm_cl.model import four_bit
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -17,7 +18,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 class ModelSettings(Protocol):
-    """What of TRL's `ModelConfig` loading reads."""
+    """What loading reads, in the names of TRL's `ModelConfig` where that has one."""
 
     model_name_or_path: str
     model_revision: str | None
@@ -25,6 +26,10 @@ class ModelSettings(Protocol):
     dtype: str
     attn_implementation: str | None
     trust_remote_code: bool
+    load_in_4bit: bool | None
+    bnb_4bit_quant_type: str | None
+    use_bnb_nested_quant: bool | None
+    unquantised: tuple[str, ...] | None
 
 
 def location(name: str) -> str:
@@ -45,7 +50,8 @@ def load_model(settings: ModelSettings) -> nn.Module:
     """The model with its weights, by `from_pretrained` on any hub id or folder.
 
     Vision-language models open as such, text-only ones as causal language models. An adapter joins
-    the weights: what it knows is then part of the base.
+    the weights: what it knows is then part of the base. In four bits, linears and experts are
+    packed on the way (`four_bit`); frozen, they are made again from the base with every load.
     """
     where, common = location(settings.model_name_or_path), _common(settings)
     config, auto = _config(settings)
@@ -53,14 +59,32 @@ def load_model(settings: ModelSettings) -> nn.Module:
     kwargs: dict[str, Any] = {"dtype": dtype, **common}
     if settings.attn_implementation is not None:
         kwargs["attn_implementation"] = settings.attn_implementation
+    if settings.load_in_4bit:
+        kwargs |= _packing(settings)
     adapter = settings.adapter_name_or_path
     whole = adapter is not None or _transposes(config.model_type)
     with engine.unsharded_loading() if whole else nullcontext():
         model = auto.from_pretrained(where, **kwargs)
         if adapter is not None:
             model = _joined(model, adapter)
+    if settings.load_in_4bit:
+        four_bit.pack_experts(model, settings)
+        # The Trainer refuses packed weights beside which it sees no PeftModel. Ours have adapters.
+        model.is_quantized = False
     model.config.use_cache = False
     return model
+
+
+def _packing(settings: ModelSettings) -> dict[str, Any]:
+    """The arguments of `from_pretrained` by which linears are packed as they load."""
+    empty = empty_model(settings)
+    # Into the host's memory first, as a model that is not packed: its experts, which only then are
+    # packed, may be more than the device holds. The Trainer moves it.
+    whole = next(p.dtype for p in empty.parameters() if p.is_floating_point())
+    return {
+        "quantization_config": four_bit.config(settings, empty, whole),
+        "device_map": {"": "cpu"},
+    }
 
 
 def _joined(model: nn.Module, adapter: str) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mllm_cl.metrics.answers import metric
-from mllm_cl.recipe.errors import RecipeError, nearest
+from mllm_cl.recipe.errors import RecipeError, nearest, shown
 from mllm_cl.recipe.hints import Between, Count
 
 # adapter settings stand under `model`, as in TRL, and are read by the method that has such a field
@@ -27,6 +27,10 @@ class ModelBlock:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    load_in_4bit: bool | None = None  # linears and experts, by bitsandbytes
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None  # nf4
+    use_bnb_nested_quant: bool | None = None  # the scales in 8 bits, too
+    unquantised: tuple[str, ...] | None = None  # names, or ends of names, of modules left whole
     use_peft: bool | None = None
     lora_r: Count | None = None
     lora_alpha: Annotated[int | float, Between(0)] | None = None
@@ -37,6 +41,7 @@ class ModelBlock:
         _must_exist("model_name_or_path", self.model_name_or_path)
         if self.adapter_name_or_path is not None:
             _must_exist("adapter_name_or_path", self.adapter_name_or_path)
+        _fits_four_bits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,25 @@ class EvalBlock:
                 "live model with guards and adapters, and gives no loss on the right answers. "
                 "Leave it out, or set 'hf'.",
             )
+
+
+def _fits_four_bits(model: ModelBlock) -> None:
+    """Refuse what needs four bits without them, and four bits that cannot be had."""
+    for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "unquantised"):
+        value = vars(model)[key]
+        if value is not None and not model.load_in_4bit:
+            raise RecipeError(key, f"found {shown(value)} without 'load_in_4bit: true'; remove it")
+    if not model.load_in_4bit:
+        return
+    if find_spec("bitsandbytes") is None:
+        problem = "found true, which needs bitsandbytes: pip install 'mllm_cl[quantization]'"
+        raise RecipeError("load_in_4bit", problem)
+    if model.adapter_name_or_path is not None:
+        raise RecipeError(
+            "adapter_name_or_path",
+            f"found {model.adapter_name_or_path!r} with 'load_in_4bit: true', but an adapter that "
+            "joins packed weights is rounded away: merge it into the base first",
+        )
 
 
 def tell_apart(blocks: dict[str, tuple[RetainBlock, ...]]) -> None:

@@ -54,6 +54,13 @@ def method_block(
     if "seed" in settable(kind) and "seed" not in settings:
         adapter = {"seed": seed, **adapter}
     method = build(kind, settings, "method", given=adapter)
+    if model.load_in_4bit and method.trains_base:
+        raise RecipeError(
+            "model.load_in_4bit",
+            f"found true, but {name} with these settings trains weights of the base themselves, "
+            "which are frozen in four bits: set 'model.use_peft: true' for linears, and "
+            "'method.experts: lora' for experts, or take another method",
+        )
     filled = {key: vars(method)[key] for key in ADAPTER if key in settable(kind)}
     path = str(Path(name).resolve()) if name.endswith(".py") else name
     note = f"method {name} does not take {', '.join(left_out)}: left out"
