@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 # What shards weights would cut packed ones at any byte.
-_ENGINES = ("single", "ddp", "zero1", "zero2")
+ENGINES = ("single", "ddp", "zero1", "zero2")
 _MOST_LEFT = 0.1  # of the experts' bytes that may stay unpacked without being named: ours
 
 
@@ -59,9 +59,9 @@ def config(settings: FourBitSettings, empty: nn.Module, dtype: torch.dtype) -> "
 
 def check_engine(used: str) -> None:
     """Raise ValueError for an engine that takes no packed weights."""
-    if used not in _ENGINES:
+    if used not in ENGINES:
         raise ValueError(
-            f"found true, but {used} takes no packed weights: {', '.join(_ENGINES)} do. Choose "
+            f"found true, but {used} takes no packed weights: {', '.join(ENGINES)} do. Choose "
             "another launch file, or leave load_in_4bit out"
         )
 
