@@ -40,6 +40,7 @@ class Method:
     rehearsal: ClassVar[bool] = False
     trains_once: ClassVar[bool] = False  # on all tasks at their end, instead of one after another
     calibration_batch: ClassVar[int | None] = None  # samples in one of `batches`; None: any number
+    unlearns: ClassVar[bool] = False  # it protects no answer that a task supersedes
     starts_exact: ClassVar[bool] = True  # the surgery changes no output, not even by rounding
 
     # What `batches` may hold of a task; ESFT scores experts on as many (arXiv:2407.01906, 32 x
@@ -129,12 +130,26 @@ class Tuned(Method):
                 "choose from. Set num_experts to two or more, or leave top_k out: how many of its "
                 "own experts a sparse model uses, its config says."
             )
-        if self.lora_dropout and (self.num_experts or not self.use_peft):
-            found = f"num_experts {self.num_experts}" if self.num_experts else "use_peft false"
+        if self.top_k is not None and not self.lora_target_modules:
             raise ValueError(
-                f"found lora_dropout {self.lora_dropout} with {found}, but only a plain LoRA has "
-                "dropout. Set 'lora_dropout: 0', or 'num_experts: 0' and 'use_peft: true'."
+                f"found top_k {self.top_k} with empty lora_target_modules, beside which no LoRA "
+                "experts stand to choose from. Name linears, or leave top_k out."
             )
+        if self.lora_dropout and self._no_plain_lora:
+            raise ValueError(
+                f"found lora_dropout {self.lora_dropout} with {self._no_plain_lora}, but only a "
+                "plain LoRA of linears has dropout. Set 'lora_dropout: 0', or name linears in "
+                "lora_target_modules with 'num_experts: 0' and 'use_peft: true'."
+            )
+
+    @property
+    def _no_plain_lora(self) -> str:
+        """The setting by which no linear gets a plain LoRA; empty where they do."""
+        if self.num_experts:
+            return f"num_experts {self.num_experts}"
+        if not self.use_peft:
+            return "use_peft false"
+        return "" if self.lora_target_modules else "empty lora_target_modules"
 
     @property
     def trains_base(self) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from engine_script import prepare_launch
@@ -19,9 +20,10 @@ from engine_script import prepare_launch
 def write_footprint(folder: Path) -> None:
     """Bytes in memory, open files, child processes, process number."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    children = sum(
-        len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children")
-    )
+    children = 0
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has just ended
+            children += len(path.read_text().split())
     files = len(list(Path("/proc/self/fd").iterdir()))
     line = f"{pages * os.sysconf('SC_PAGE_SIZE')} {files} {children} {os.getpid()}\n"
     with open(folder / os.environ.get("RANK", "0"), "a") as file:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from families import FAMILIES, inputs
 from mllm_cl import Memory
 from mllm_cl.methods.instruction.esft import ESFT, best
 from mllm_cl.model.experts import experts
@@ -74,6 +75,14 @@ def test_every_task_chooses_anew_and_keeps_what_was_learnt(tiny_folder):
         rests = ~memory[f"esft/{tasks[1].name}/{path}"]
         for name, guarded in installed_on(one.module).items():
             assert torch.equal(guarded.displacement[rests], first[path, name][rests])
+
+
+def test_experts_that_no_token_reached_are_named():
+    model, method = FAMILIES["ernie4_5_vl_moe"](), ESFT()  # its experts for pictures
+    task, memory = toy_tasks()[0], Memory()
+    method.before_task(model, task, memory)
+    with pytest.raises(ValueError, match="no token of the task's data reached .*vision_moe"):
+        method.start_task(model, task, memory, [inputs(model)], lambda tensor: tensor)
 
 
 def test_the_fewest_experts_that_hold_the_share():

@@ -11,6 +11,7 @@ from families import SPARSE as WITH_EXPERTS
 from mllm_cl.model.anatomy import routers
 from mllm_cl.model.expert_lora import adapted, attach_expert_lora, merge_expert_lora, stacks
 from mllm_cl.model.experts import experts
+from mllm_cl.model.surgery import fold, guard
 
 SPARSE = [name for name in WITH_EXPERTS if name != "jetmoe"]
 
@@ -73,6 +74,20 @@ def test_merging_leaves_the_function_unchanged(family):
     torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-5)
     assert model.state_dict().keys() == FAMILIES[family]().state_dict().keys()
     assert not adapted(model)
+
+
+def test_merging_guarded_adapters_is_refused_until_they_are_folded():
+    model = adapted_model("qwen3_vl_moe", torch.float32)
+    batch = inputs(model)
+    for lora in adapted(model).values():
+        guard(lora.layout.module, f"{lora.layout.up}_lora_B").displacement += 0.1
+    before = model(**batch).logits
+    with pytest.raises(ValueError, match="have guards .*fold"):
+        merge_expert_lora(model)
+    assert torch.equal(model(**batch).logits, before)
+    fold(model)
+    merge_expert_lora(model)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fresh_adapter_changes_no_answer():

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from families import FAMILIES
+from mllm_cl.drift.activation import ExpertUsage
 from mllm_cl.drift.expert_moments import ExpertMoments
 from mllm_cl.drift.factors import low_rank_moment
 from mllm_cl.drift.guard import DriftGuard
+from mllm_cl.model.expert_lora import Rows, adapted, attach_expert_lora
+from mllm_cl.model.experts import experts
+from mllm_cl.model.watch_experts import LayerWatch
 
 NUM_EXPERTS, WIDTH = 5, 24
 
@@ -70,6 +76,55 @@ def test_masked_and_infinite_rows_do_not_count():
     other.update(spoilt, whose, mask_N=mask)
     for name, tensor in clean.state().items():
         torch.testing.assert_close(other.state()[name], tensor)
+
+
+class Largest(TorchDispatchMode):
+    """The most rows that any result with columns had while it was open."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if torch.is_tensor(result) and result.dim() == 2 and result._base is None:
+            self.rows = max(self.rows, len(result))
+        return result
+
+
+def test_many_rows_are_counted_a_slice_at_a_time():
+    num_rows = 2**15 + 7
+    (input_ND, expert_N), mask_N = rows(12, num_rows), torch.arange(num_rows) % 3 > 0
+    moments, expected = (ExpertMoments(torch.eye(WIDTH), NUM_EXPERTS) for _ in range(2))
+    with Largest() as largest:
+        moments.update(input_ND, expert_N, mask_N=mask_N)
+    assert 0 < largest.rows <= 2**14
+    for part in range(9):
+        chosen = slice(part, None, 9)
+        expected.update(input_ND[chosen], expert_N[chosen], mask_N=mask_N[chosen])
+    for name, tensor in expected.state().items():
+        torch.testing.assert_close(moments.state()[name], tensor, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_use_of_experts_is_counted_without_a_matrix_of_them(weighted):
+    model = FAMILIES["qwen3_moe"]()
+    attach_expert_lora(model, experts(model), rank=2, alpha=4.0)
+    path, lora = next(iter(adapted(model).items()))
+    num_rows, num_experts, width = 2**14 + 9, lora.layout.num_experts, lora.layout.width
+    input_ND, weight_N = torch.randn(num_rows, width), torch.rand(num_rows)
+    input_ND[5] = torch.inf
+    expert_N = torch.arange(num_rows) % (num_experts - 1)
+    mask_N, token_N = torch.arange(num_rows) % 5 > 0, torch.arange(num_rows)
+    layers = LayerWatch(model, rank=4)
+    with Largest() as largest:
+        whose = Rows(expert_N, token_N, num_rows, weight_N if weighted else None)
+        layers.gather(f"{path}.{lora.layout.up}", input_ND, whose, mask_N)
+    assert largest.rows <= 2**14
+    used_NE = nn.functional.one_hot(expert_N, num_experts).float()
+    expected = ExpertUsage(num_experts)
+    weight_NE = used_NE * weight_N[:, None] if weighted else used_NE
+    expected.update(weight_NE, input_ND, mask_T=mask_N, used_TE=used_NE)
+    for name, tensor in expected.state().items():
+        torch.testing.assert_close(layers.use[path].state()[name], tensor)
 
 
 def test_two_tasks_merge_into_the_count_weighted_mean_of_both():

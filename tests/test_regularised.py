@@ -6,6 +6,7 @@ B batch, T tokens, E experts, K chosen experts, D model width, R rank.
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +20,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
 
+from families import FAMILIES, inputs
 from mllm_cl import Memory, Recipe, checkpoint, continual, learning, load_method, routers, run
 from mllm_cl.drift.distil import divergence, token_share
+from mllm_cl.method import names
 from mllm_cl.model import osf
 from mllm_cl.model.adapt import lora_layers, resting_experts
+from mllm_cl.model.experts import experts
 from mllm_cl.model.layers import trained_layers
 from mllm_cl.model.penalty import due
 from mllm_cl.model.routing import heard, listen, note_choices, replay_choices
 from mllm_cl.model.surgery import advance, fold, guards
 from mllm_cl.model.teacher import incoming
+from mllm_cl.recipe import RecipeError
 from mllm_cl.trainer import check_engine
 from toy_run import collator_of, learn, load, logits, toy_tasks
 
@@ -147,6 +152,14 @@ def test_nothing_is_held_before_there_is_anything_known(tiny_folder):
         assert method.loss(model, batch_of(folder), None, Memory()) is None
 
 
+def test_lwf_says_at_its_first_step_that_labels_are_missing(tiny_folder):
+    folder = tiny_folder[NATIVE]
+    with pytest.raises(ValueError, match="leave label_smoothing_factor"):
+        learn(
+            load(folder), folder, made("lwf"), toy_tasks()[0], Memory(), label_smoothing_factor=0.1
+        )
+
+
 @pytest.mark.parametrize("name", ["lwf", "router_kl", "ewc", "olora"])
 def test_the_term_of_a_second_task_counts_once_however_the_batch_is_cut(name, tiny_folder):
     folder, ends = tiny_folder[NATIVE], []
@@ -214,6 +227,43 @@ def test_router_kl_hears_the_routers_of_lora_mixtures(tiny_folder):
     assert term > 1e-5 and len(resting_experts(model)) == 6
     found = {path: one.delta.grad for path, one in guards(model).items()}
     assert all(g.norm() > 0 for path, g in found.items() if "router" in path)
+
+
+def test_router_kl_counts_the_routers_that_a_batch_reaches():
+    """Ernie routes text and images apart; what a router said to another batch is forgotten."""
+    model, method = FAMILIES["ernie4_5_vl_moe"](), made("router_kl")
+    method.before_task(model, toy_tasks()[0], Memory())
+    text, mixed = inputs(model), inputs(model)
+    mixed["moe_mm_token_type_ids"] = (mixed["input_ids"] < 50).int()
+    pictures = inputs(model) | {"moe_mm_token_type_ids": torch.ones_like(text["input_ids"])}
+    stir(model)
+    model.train()
+    terms = []
+    for batch in (text, mixed, text, pictures):
+        method.before_forward(model, batch, Memory())
+        outputs = model(**batch, use_cache=False)
+        memory = Memory({"router_kl/known": torch.tensor(1)})
+        terms.append(method.loss(model, batch, outputs, memory).item())
+        model(**mixed, use_cache=False)  # of which nobody asks
+    assert terms[0] == terms[2] > 1e-5 and abs(terms[1] - terms[0]) > 1e-5 < terms[3]
+
+
+def test_router_kl_counts_patches_alike_even_where_there_are_as_many_as_tokens():
+    model, terms = FAMILIES["llava"](), []
+    method = made("router_kl", lora_target_modules=".*vision_tower.*q_proj", num_experts=4)
+    method.before_task(model, toy_tasks()[0], Memory())
+    stir(model)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 16, 16, generator=generator)  # 5 patches each
+    ids = torch.tensor([[20, *[127] * 8, 21]])
+    for padding in (0, 1):
+        mask = torch.ones_like(ids)
+        mask[:, :padding] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        outputs = model(**batch, use_cache=False)
+        memory = Memory({"router_kl/known": torch.tensor(1)})
+        terms.append(method.loss(model, batch, outputs, memory).item())
+    assert terms[0] == terms[1] > 1e-5
 
 
 def test_a_buffer_of_no_bytes_makes_router_kl_free_of_rehearsal():
@@ -292,6 +342,33 @@ def test_what_was_chosen_by_a_mixture_is_chosen_again(tiny_folder):
     model.eval()(**batch, use_cache=False)
     before, replayed, own = ((weight_TE > 0) for weight_TE in chosen)
     assert torch.equal(before, replayed) and not torch.equal(before, own)
+
+
+def test_mixtures_within_a_block_of_experts_choose_apart_from_it():
+    """A shared expert with mixtures of its own answers inside the block that routes."""
+    model, chosen = FAMILIES["qwen3_5_moe"](), {}
+    settings = SETTINGS | {"lora_target_modules": "all-linear", "num_experts": 4, "top_k": 2}
+    load_method("router_replay")(**settings).before_task(model, toy_tasks()[1], Memory())
+    assert any(".shared_expert." in path for path in resting_experts(model))
+    for path, one in experts(model).items():
+        one.module.register_forward_pre_hook(
+            lambda module, args, path=path: chosen.setdefault(path, []).append(args[1])
+        )
+    batch = inputs(model)
+    note_choices(model, lambda: incoming(model, batch))
+    stir(model, 0.5)
+    model.train()(**batch, use_cache=False)
+    model.eval()(**batch, use_cache=False)
+    for before, replayed, own in chosen.values():
+        assert torch.equal(before, replayed) and not torch.equal(before, own)
+    assert len(chosen) == 3
+
+
+def test_a_router_that_chooses_by_other_means_than_top_k_is_refused():
+    model = FAMILIES["phimoe"]()  # by the largest twice
+    replay_choices(model)
+    with pytest.raises(ValueError, match="layers.0.mlp chooses its experts by other means"):
+        note_choices(model, lambda: incoming(model, inputs(model)))
 
 
 @pytest.mark.parametrize(
@@ -400,17 +477,26 @@ def test_ewc_sums_over_tasks_and_forgets_by_its_decay(tiny_folder):
         assert (kept[1.0][name] - first > -1e-9).all()
 
 
+def test_a_fisher_information_that_is_no_number_is_refused(tiny_folder):
+    folder, memory = tiny_folder[NATIVE], Memory()
+    model, method = operated(folder, "ewc")
+    guards(model)[next(reversed(guards(model)))].displacement.fill_(1e30)
+    with pytest.raises(ValueError, match="the Fisher information of model.* is not finite"):
+        method.after_task(model, toy_tasks()[1], memory, [batch_of(folder)], lambda tensor: tensor)
+
+
 def test_a_memory_of_other_weights_is_refused(tiny_folder):
     memory = Memory({"ewc/fisher/elsewhere.weight": torch.ones(2, 2)})
     with pytest.raises(ValueError, match="measured at other weights"):
         operated(tiny_folder[NATIVE], "ewc", memory)
 
 
-def test_reentrant_checkpointing_leaves_no_graph_and_says_so(tiny_folder):
+@pytest.mark.parametrize("name", ["ewc", "router_kl"])
+def test_reentrant_checkpointing_leaves_no_graph_and_says_so(name, tiny_folder):
     folder = tiny_folder[NATIVE]
     base, _ = operated(folder, "ewc")
     fisher = {f"ewc/fisher/{p}": torch.ones(g.delta.shape) for p, g in guards(base).items()}
-    model, _ = operated(folder, "ewc", Memory(fisher))
+    model, _ = operated(folder, name, Memory(fisher))
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant: false"):
@@ -455,6 +541,21 @@ def test_olora_adds_up_all_tasks_and_pays_for_every_overlap(tiny_folder):
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             exact = exact + layer.scaling[name] * b.double() @ a.double() @ x.double().T
         assert (layer(x) - exact.T).norm() < 1e-5 * exact.norm()
+
+
+def test_rows_that_froze_owe_nothing_any_more(tiny_folder):
+    folder, memory, (_, second) = tiny_folder[NATIVE], Memory(), toy_tasks()
+    model, method = load(folder), made("olora", strength=0.3)
+    for index in (2, 3):
+        method.before_task(model, replace(second, index=index), memory)
+        method.before_forward(model, batch_of(folder), memory)
+    model.train()(**batch_of(folder), use_cache=False)
+    expected = 0.0
+    for layer in lora_layers(model).values():
+        *past, now = (one.weight.detach().double() for one in layer.lora_A.values())
+        assert len(past) == 2
+        expected += 0.3 * (torch.cat(past) @ now.T).abs().sum()
+    assert method.loss(model, {}, None, memory).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_rows_of_a_second_task_turn_away_from_those_of_the_first(tiny_folder):
@@ -534,12 +635,29 @@ def test_osf_is_refused_where_its_hooks_do_not_fire():
         ("olora", {"strength": 0.0}, "strength must be positive"),
         ("olora", {"num_experts": 4}, "one plain LoRA per task, found num_experts 4"),
         ("olora", {"use_peft": False}, "use_peft False"),
+        ("olora", {"experts": "lora"}, "olora trains linears, found 'experts: lora'"),
+        ("olora", {"experts": "whole"}, "found 'experts: whole'"),
+        ("expert_lora", {"lora_dropout": 0.5}, "0.5 with empty lora_target_modules"),
+        ("expert_lora", {"num_experts": 4, "top_k": 2}, "top_k 2 with empty lora_target_modules"),
         ("osf", {"preserved": 1.0}, r"preserved is a share in \(0, 1\), found 1.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_where_they_are_made(name, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_method(name)(**settings)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_method_that_would_protect_a_superseded_answer_is_refused(name, tmp_path):
+    protecting = ("lwf", "ewc", "olora", "osf", "router_kl", "router_replay")
+    # Experts alone are what ESFT trains.
+    given = ["--tasks.1.supersedes=arrow", "--model.lora_target_modules=[]"][: 1 + (name == "esft")]
+    path = recipe(tmp_path / name, "toy:qwen3_vl_moe", name)
+    if name not in protecting:
+        assert Recipe.load(path, given).tasks[1].supersedes == "arrow"
+        return
+    with pytest.raises(RecipeError, match=f"tasks.1.supersedes.*{name} would go on protecting"):
+        Recipe.load(path, given)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -600,7 +718,7 @@ def test_a_second_task_goes_on_from_its_middle_as_if_nothing_had_been(name, tiny
     assert all(torch.equal(again[2][key], value) for key, value in memory.items())
 
 
-def recipe(folder: Path, model: Path, name: str) -> Path:
+def recipe(folder: Path, model: Path | str, name: str) -> Path:
     folder.mkdir()
     tree = {
         "seed": 1,

@@ -355,6 +355,31 @@ def test_a_module_that_the_data_do_not_reach_is_named(tiny_folder):
         learn(model, folder, method, task, memory)
 
 
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        ({"lora_target_modules": ("q_proj", "o_proj", "v_proj")}, "of .*v_proj.* it knows nothing"),
+        ({"num_experts": 3}, "4 experts at .*this run has 3 experts"),
+    ],
+)
+def test_a_memory_of_a_part_of_what_trains_is_refused_before_training(tiny_folder, other, sentence):
+    folder, method = tiny_folder["llava"], Same(**FEW)
+    _, memory, _, _ = two_tasks(folder, method, steps=1)
+    method.before_task(load(folder), toy_tasks()[1], memory)  # what it was measured for
+    model = load(folder)
+    with pytest.raises(ValueError, match=f"(?s){sentence}.*Measure again"):
+        Same(**FEW | other).before_task(model, toy_tasks()[1], memory)
+    assert not guards(model)
+
+
+def test_a_memory_of_another_rank_is_refused_before_training(tiny_folder, monkeypatch):
+    monkeypatch.setattr("mllm_cl.model.watch.FULL_BELOW", 8)  # as if the model were wide
+    folder, memory = tiny_folder["llava"], Memory()
+    learn(load(folder), folder, Same(**FEW, rank=4), toy_tasks()[0], memory, steps=1)
+    with pytest.raises(ValueError, match="rank 4 at .*this run has width .* and rank 6"):
+        Same(**FEW, rank=6).before_task(load(folder), toy_tasks()[1], memory)
+
+
 # --- revision -------------------------------------------------------------------------------------
 
 
@@ -400,9 +425,8 @@ def test_what_a_task_supersedes_is_left_unprotected_and_the_rest_is_not(tiny_fol
 
 def tokens_of(memory: Memory, task: str, path: str) -> float:
     """The share of the tokens behind the moment at `path` that `task` put in."""
-    sources = sorted({name.rpartition("/")[0] for name in memory.under("same/moment")})
     source = bytes(memory[f"same/source/{path}"].tolist()).decode()
-    own = memory[f"same/tokens/{task}"][sources.index(source)]
+    own = memory[f"same/tokens/{task}/{path}"]
     return float(own / memory[f"same/moment/{source}/count"])
 
 
@@ -413,3 +437,55 @@ def test_a_task_can_only_supersede_what_the_memory_knows(tiny_folder):
     revised = dataclasses.replace(second, supersedes="shapes")
     with pytest.raises(ValueError, match="'shapes'.*it knows colour"):
         learn(model, folder, Same(**WHOLE), revised, memory, steps=1)
+
+
+@cache
+def revisions(folder, **settings) -> list[tuple[nn.Module, Memory, Memory]]:
+    """A task, one that replaces it and one that replaces that, all of the same questions: the model
+    after the last two, with the memory after and before.
+    """
+    method = Same(**FEW | {"calibration_tokens": 10**6, **settings})
+    model, memory, told = load(folder), Memory(), []
+    first = toy_tasks()[0]
+    for index, name in enumerate(("first", "second", "third")):
+        before = Memory(dict(memory))
+        replaced = ("first", "second")[index - 1] if index else None
+        task = dataclasses.replace(first, name=name, index=index + 1, supersedes=replaced)
+        learn(model, folder, method, task, memory, steps=4)
+        told.append((model, Memory(dict(memory)), before))
+    return told[1:]
+
+
+def test_a_revision_of_a_revision_leaves_nothing_of_either_protected(tiny_folder):
+    model, memory, before = revisions(tiny_folder["llava"])[-1]
+    paths = [name for name in memory.under("same/tokens/third") if name.endswith("router")]
+    assert len(paths) == 6
+    for path in paths:
+        for name in ("second", "third"):
+            source = bytes(memory[f"same/source/{path}"].tolist()).decode()
+            at = (before if name == "second" else memory)[f"same/moment/{source}/count"]
+            assert memory[f"same/tokens/{name}/{path}"] == at, (name, path)
+
+
+def test_experts_that_hold_a_superseded_answer_do_not_rest(tiny_folder):
+    model, memory, _ = revisions(tiny_folder["llava"])[-1]
+    assert all(one.active_E is None or one.active_E.all() for one in guards(model).values())
+    for path in adapt.resting_experts(model):  # the sum over tasks still has them all
+        assert memory[f"same/use/{path}/count"] == memory[f"same/used/third/{path}/count"] > 0
+
+
+def test_a_budget_is_not_for_what_a_task_supersedes(tiny_folder):
+    folder, first = tiny_folder["llava"], toy_tasks()[0]
+    moved = {}
+    for replaced in (None, "colour"):
+        method = Same(**FEW | {"calibration_tokens": 10**6}, budget=1e-7, activation="none")
+        model, memory = load(folder), Memory()
+        learn(model, folder, method, first, memory)
+        again = dataclasses.replace(first, name="again", index=2, supersedes=replaced)
+        told = learn(model, folder, method, again, memory)
+        moved[replaced] = [
+            float((told.displaced_after[name] - told.displaced_before[name]).norm())
+            for name in guards(model)
+            if name.endswith("lora_B")
+        ]
+    assert sum(moved["colour"]) > 5 * sum(moved[None]) > 0

@@ -1,14 +1,19 @@
 """SAME on the experts a model was born with: each is slowed by the tokens really routed to it."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_cl import Memory
 from mllm_cl.drift.expert_moments import ExpertMoments
 from mllm_cl.methods.instruction.same import Same
 from mllm_cl.model.expert_lora import adapted, stacks
 from mllm_cl.model.surgery import installed_on
+from mllm_cl.model.watch_experts import LayerWatch, expert_moments
 from toy_run import collator_of, learn, load, logits, toy_tasks
 
 METHOD = {
@@ -155,6 +160,100 @@ def test_a_shared_basis_of_few_directions_says_what_it_leaves_out(tiny_folder):
             assert kept.basis_DK.shape == (width, 4)
             share = kept.captured_E[kept.count_E > 0]
             assert 0.05 < float(share.mean()) < 0.9 and float(share.max()) <= 1.0001
+
+
+def test_a_budget_bounds_what_old_inputs_feel_of_each_expert(tiny_folder):
+    folder, tasks, share = tiny_folder[KIND], toy_tasks(), {}
+    for budget in (None, 1e-5):
+        model, memory, method = load(folder), Memory(), Same(**METHOD | {"damping": 10.0})
+        learn(model, folder, method, tasks[0], memory)
+        before = Memory(dict(memory))
+        method = dataclasses.replace(method, budget=budget)
+        told = learn(model, folder, method, tasks[1], memory, learning_rate=5e-3)
+        found = []
+        for path, lora in adapted(model).items():
+            module = lora.layout.module
+            for name, _, _ in stacks(lora.layout):
+                ends = []
+                for displaced in (told.displaced_before, told.displaced_after):
+                    a, b = (
+                        module._parameters[f"{name}_lora_{x}"].double()
+                        + displaced[f"{path}.{name}_lora_{x}"].double()
+                        for x in "AB"
+                    )
+                    ends.append(lora.scale * b @ a)
+                state = before.under(f"same/experts/{path}.{name}")
+                basis_DK = state["basis"].double()
+                c_EDD = basis_DK @ state["gram"].double() @ basis_DK.mT
+                step, weight = ends[1] - ends[0], module._parameters[name].double()
+                drift, whole = (torch.einsum("eod,edc,eoc->e", x, c_EDD, x) for x in (step, weight))
+                found.append((drift / whole)[state["count"] > 0])
+        share[budget] = torch.cat(found)
+    assert (share[1e-5] <= 1e-5 * (1 + 1e-3)).all()
+    assert (share[None] > 2e-5).any() and (share[1e-5] > 1e-7).any()
+
+
+def test_a_budget_widens_no_more_than_one_expert_at_a_time(tiny_folder, learnt):
+    model, memory, _ = (copy.deepcopy(one) for one in learnt)
+    folder, (_, second) = tiny_folder[KIND], toy_tasks()
+    method, batch = Same(**METHOD, budget=1e-4), collator_of(folder)(list(second.train.samples))
+    method.before_task(model, second, memory)
+    with Results() as results:
+        method.after_task(model, second, memory, [batch], lambda tensor: tensor)
+    for lora in adapted(model).values():
+        for name, _, _ in stacks(lora.layout):
+            size = lora.layout.module._parameters[name].shape
+            assert results.wide and size not in results.wide
+
+
+class Results(TorchDispatchMode):
+    """The shapes of all float64 results while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if torch.is_tensor(result) and result.dtype == torch.float64:
+            self.wide.add(result.shape)
+        return result
+
+
+def test_all_ranks_measure_experts_in_the_bases_of_the_first(tiny_folder, learnt, monkeypatch):
+    model, folder = learnt[0], tiny_folder[KIND]
+    batch = collator_of(folder)(list(toy_tasks()[0].train.samples))
+    widths = {
+        f"{path}.{name}": width
+        for path, lora in adapted(model).items()
+        for name, width, _ in stacks(lora.layout)
+    }
+    sent, found = [], {}
+
+    def bases() -> dict[str, Tensor]:
+        turned = {key: torch.randn(width, width) for key, width in widths.items()}
+        return {key: torch.linalg.qr(one)[0][:, :4] for key, one in turned.items()}
+
+    def first(tensor: Tensor) -> Tensor:
+        sent.append(tensor.clone())
+        return tensor
+
+    for rank, reduce in ((0, first), (1, lambda tensor: tensor + sent.pop(0))):
+        monkeypatch.setenv("RANK", str(rank))
+        found[rank] = expert_moments(model, bases(), [batch], reduce)
+    for source, one in found[0].items():
+        both = found[1][source]
+        assert torch.equal(one.basis_DK, both.basis_DK)
+        torch.testing.assert_close(both.spectrum().trace, one.spectrum().trace)
+        torch.testing.assert_close(both.captured_E, one.captured_E)
+
+
+def test_a_stack_without_rows_is_known_where_the_others_are(learnt):
+    layers = LayerWatch(learnt[0], rank=4)
+    for path, lora in adapted(learnt[0]).items():
+        source = f"{path}.{lora.layout.down}"
+        layers.move(source, torch.device("meta"))
+        assert layers._down[source].device.type == "meta"
 
 
 def test_settings_and_models_that_do_not_fit_are_refused(tiny_folder):

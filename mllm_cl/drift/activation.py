@@ -59,6 +59,31 @@ class ExpertUsage:
         self._energy_E += torch.where(keep_T, square_T, 0.0) @ weight_TE
         self._count += keep_T.sum()
 
+    @torch.no_grad()
+    def update_rows(
+        self,
+        expert_N: Tensor,
+        input_ND: Tensor,
+        weight_N: Tensor | None,
+        *,
+        mask_N: Tensor | None = None,
+    ) -> None:
+        """Add rows (N, D) that each went to one expert, utilisation being its share of them.
+
+        The same as `update` with one-hot `used_TE`, which would be as large as the inputs. No
+        weights are ones.
+        """
+        if recomputing():
+            return
+        self._move(input_ND.device)
+        square_N = input_ND.float().square().sum(-1).double()
+        weight_N = torch.ones_like(square_N) if weight_N is None else weight_N.double()
+        keep_N = square_N.isfinite() & weight_N.isfinite()
+        keep_N = keep_N if mask_N is None else keep_N & mask_N.to(keep_N.device)
+        self._weight_E.index_add_(0, expert_N, keep_N.double())
+        self._energy_E.index_add_(0, expert_N, torch.where(keep_N, weight_N * square_N, 0.0))
+        self._count += keep_N.sum()
+
     @property
     def count(self) -> Tensor:
         """The number of tokens seen."""
@@ -83,6 +108,14 @@ class ExpertUsage:
         self._weight_E += other._weight_E.to(self._weight_E.device)
         self._energy_E += other._energy_E.to(self._weight_E.device)
         self._count += other._count.to(self._weight_E.device)
+
+    def without(self, part: ExpertUsage) -> ExpertUsage:
+        """What is left when some of what was seen no longer counts."""
+        left = ExpertUsage(len(self._weight_E))
+        left._weight_E = (self._weight_E - part._weight_E).clamp_min(0)
+        left._energy_E = (self._energy_E - part._energy_E).clamp_min(0)
+        left._count = (self._count - part._count).clamp_min(0)
+        return left
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Replace every sum by its sum over ranks, so that all ranks decide alike."""

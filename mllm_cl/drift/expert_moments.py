@@ -16,6 +16,9 @@ from torch import Tensor
 from mllm_cl.drift.covariance import recomputing
 from mllm_cl.drift.subspace import Spectrum, symmetric_eigen
 
+# At most this many rows at once; ours: 128 MiB in fp32 at a width of 2048.
+ROWS = 2**14
+
 
 class ExpertMoments:
     """The sums U^T (sum_n x_n x_n^T) U, sum_n ||x_n||^2 and the count of each expert's inputs.
@@ -39,6 +42,12 @@ class ExpertMoments:
         """
         if recomputing():
             return
+        # Several experts a token make many rows: their copies in fp32 stay few at a time.
+        for start in range(0, len(input_ND), ROWS):
+            part = slice(start, start + ROWS)
+            self._add(input_ND[part], expert_N[part], None if mask_N is None else mask_N[part])
+
+    def _add(self, input_ND: Tensor, expert_N: Tensor, mask_N: Tensor | None) -> None:
         with torch.autocast(input_ND.device.type, enabled=False):
             input_ND = input_ND.float()
             square_N = input_ND.square().sum(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.drift.subspace import Spectrum, as_spectrum
 
-__all__ = ["low_rank_moment", "slow_a_within", "slow_b_within"]
+__all__ = ["answer_energy", "low_rank_moment", "slow_a_within", "slow_b_within"]
 
 
 def low_rank_moment(a_RD: Tensor, c: Spectrum) -> Tensor:
@@ -27,32 +27,44 @@ def low_rank_moment(a_RD: Tensor, c: Spectrum) -> Tensor:
     return inside + rest[..., None, None] * (a_RD @ a_RD.mT)
 
 
+def answer_energy(weight_OD: Tensor, c: Spectrum) -> Tensor:
+    """tr(W C W^T) over the kept directions of C: (...), float64."""
+    felt_K = c.inner(weight_OD.double()).square().sum(-2)
+    return (c.eigenvalue_K.double() * felt_K).sum(-1)
+
+
 def slow_a_within(
-    budget: float, c: Spectrum, weight_OD: Tensor, *, b_OR: Tensor, step_RD: Tensor
+    budget: float, c: Spectrum, energy: Tensor, *, b_OR: Tensor, step_RD: Tensor
 ) -> DriftGuard:
     """The least slowing of a step dA by which old inputs feel tr(X C X^T) <= budget/4 tr(W C W^T).
 
     X = s B dA, with the B of the task's start; `b_OR` is s B. As B' A' - B A = B dA + dB A', both
     steps together stay within `budget` whatever their angle if each keeps to a quarter of it. All
-    traces are over the kept directions of C.
+    traces are over the kept directions of C; `energy` is that of W (`answer_energy`), () or (E,).
     """
     # |B y| = |R y| for the triangular R of B = Q R: (R, D) in the place of (O, D).
     seen_RD = torch.linalg.qr(b_OR.double(), mode="r").R @ step_RD.double()
-    return DriftGuard.slow(
-        _for_each(c, step_RD), budget=budget / 4, weight=weight_OD, delta=seen_RD
-    )
+    c = _for_each(c, step_RD)
+    return DriftGuard.slow(c, budget=budget / 4, weight=_stand_in(energy, c), delta=seen_RD)
 
 
 def slow_b_within(
-    budget: float, c: Spectrum, weight_OD: Tensor, *, a_RD: Tensor, step_OR: Tensor
+    budget: float, c: Spectrum, energy: Tensor, *, a_RD: Tensor, step_OR: Tensor
 ) -> DriftGuard:
     """The same for dB, X = s dB A', with the A' of the task's end; `step_OR` is s dB."""
-    energy = (c.eigenvalue_K * c.inner(weight_OD.float()).square().sum(-2)).sum(-1)
     felt = as_spectrum(low_rank_moment(a_RD, c))
-    # A stand-in for W on B's side of A: one row of the same energy.
-    size = (energy / felt.eigenvalue_K[..., 0]).sqrt()
-    weight_1R = size[..., None, None] * felt.basis_DK[..., :1].mT
-    return DriftGuard.slow(felt, budget=budget / 4, weight=weight_1R, delta=step_OR)
+    return DriftGuard.slow(felt, budget=budget / 4, weight=_stand_in(energy, felt), delta=step_OR)
+
+
+def _stand_in(energy: Tensor, c: Spectrum) -> Tensor:
+    """A weight of one row (..., 1, D) with tr(W C W^T) = `energy`; zero where nothing was seen."""
+    basis_DK, value = c.basis_DK.double(), c.eigenvalue_K[..., 0].double()
+    vector_D1 = basis_DK[..., :1] if c.turn_KK is None else basis_DK @ c.turn_KK[..., :1].double()
+    size = torch.where(value > 0, energy / value.clamp_min(_TINY), 0.0).sqrt()
+    return size[..., None, None] * vector_D1.mT
+
+
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def _for_each(c: Spectrum, step: Tensor) -> Spectrum:

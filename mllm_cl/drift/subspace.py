@@ -38,6 +38,13 @@ class Spectrum:
         inner_OK = rows_OD @ self.basis_DK.to(rows_OD.dtype)
         return inner_OK if self.turn_KK is None else inner_OK @ self.turn_KK.to(rows_OD.dtype)
 
+    def of(self, expert: int) -> Spectrum:
+        """That of one of the experts that share a basis."""
+        assert self.turn_KK is not None, "these do not share a basis"
+        return Spectrum(
+            self.basis_DK, self.eigenvalue_K[expert], self.trace[expert], self.turn_KK[expert]
+        )
+
     def truncate(self, rank: int | None) -> Spectrum:
         """The `rank` largest eigenpairs; the trace stays that of all of C."""
         assert self.turn_KK is None, "a shared basis has no order of its own"

@@ -21,6 +21,7 @@ from mllm_cl import engine
 from mllm_cl.model.experts import Experts
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.quantised import Packed, stacks_in, weight_of
+from mllm_cl.model.surgery import installed_on
 
 IMPLEMENTATION = "mllm_cl_expert_lora"
 
@@ -398,10 +399,17 @@ class _FrozenProduct(torch.autograd.Function):
 def merge_expert_lora(model: nn.Module) -> None:
     """Write s B_e A_e into every expert's weight, and take the adapters off. Collective.
 
-    Guards on them are folded first (`surgery.fold`). Raises ValueError, before anything is written,
-    for experts in four bits.
+    Raises ValueError, before anything is written, for experts in four bits and for adapters with
+    guards, whose displacements would be lost: `surgery.fold` comes first.
     """
     for path, lora in adapted(model).items():
+        guarded = list(installed_on(lora.layout.module))
+        if guarded:
+            raise ValueError(
+                f"the adapters of the experts at {path} have guards ({guarded[0]} ...), whose "
+                "displacements merging would drop: fold them into the weights first "
+                "(mllm_cl.model.surgery.fold)"
+            )
         if stacks_in(lora.layout.module):
             raise ValueError(
                 f"the experts at {path} are kept in four bits, which would round their adapters "

@@ -43,15 +43,20 @@ def due(model: nn.Module) -> Tensor | None:
     return torch.stack(owed).sum() if owed else None
 
 
+def check_graph(module: nn.Module) -> None:
+    """ValueError where `module` trains without a graph, so that no term of the loss reaches it."""
+    if module.training and not torch.is_grad_enabled() and not recomputing():
+        raise ValueError(
+            "re-entrant gradient checkpointing leaves no graph for a term of the loss that is "
+            "formed inside the model. Set 'gradient_checkpointing_kwargs: {use_reentrant: false}'."
+        )
+
+
 def _note(module: nn.Module, args: tuple, output: Tensor) -> None:
     if not is_penalised(module):
         return
+    check_graph(module)
     if not torch.is_grad_enabled():
-        if module.training:
-            raise ValueError(
-                "re-entrant gradient checkpointing leaves no graph for a term of the loss that "
-                "depends on weights. Set 'gradient_checkpointing_kwargs: {use_reentrant: false}'."
-            )
         return
     with torch.autocast(output.device.type, enabled=False):
         owed = module.price()

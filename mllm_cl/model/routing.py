@@ -14,6 +14,7 @@ from mllm_cl.drift.covariance import recomputing
 from mllm_cl.model import anatomy
 from mllm_cl.model.adapt import resting_experts
 from mllm_cl.model.moe_lora import Router
+from mllm_cl.model.penalty import check_graph
 
 _TOP_K = (torch.topk, Tensor.topk)
 
@@ -45,6 +46,7 @@ def listen(model: nn.Module) -> None:
 
 
 def _listening_forward(self: nn.Module, *args, **kwargs):
+    check_graph(self)
     output = self._deaf_forward(*args, **kwargs)
     said_TE = output if isinstance(self, Router) else anatomy.logits(self, args[0])
     # A recompute has to do the same work, but comes after its forward was listened to.
@@ -54,12 +56,15 @@ def _listening_forward(self: nn.Module, *args, **kwargs):
 
 
 def heard(model: nn.Module) -> dict[str, Tensor]:
-    """The logits (T, E) of the last forward by router, in its graph; forgotten with this call."""
+    """The logits (T, E) of the last forward by router, in its graph; forgotten with this call.
+
+    A router that no token reached has none.
+    """
     found = {}
     for path, module in model.named_modules():
-        if "said_TE" in vars(module):
+        if vars(module).get("said_TE") is not None:
             found[path], module.said_TE = module.said_TE.flatten(0, -2), None
-    return found
+    return {path: said_TE for path, said_TE in found.items() if len(said_TE)}
 
 
 # What they choose
@@ -81,28 +86,41 @@ def replay_choices(model: nn.Module) -> None:
         block = model.get_submodule(path.rpartition(".")[0])
         if "choice" not in vars(block):
             block.choice = _Choice(block)
-    for choice in ready:
+    for choice in ready.values():
         choice.chosen = None
 
 
 def note_choices(model: nn.Module, ask: Callable[[], object]) -> None:
-    """From now on every block that trains chooses the experts that it chooses during `ask()`."""
+    """From now on every block that trains chooses the experts that it chooses during `ask()`.
+
+    ValueError for a block that was asked and chose by other means than top-k.
+    """
     choices = _choices(model)
-    for choice in choices:
+    for choice in choices.values():
         choice.chosen, choice.notes = None, True
-    ask()
-    for choice in choices:
-        choice.notes = False
+    try:
+        ask()
+    finally:
+        for choice in choices.values():
+            choice.notes = False
+    for path, choice in choices.items():
+        if choice.chosen == []:
+            raise ValueError(
+                f"{path} chooses its experts by other means than top-k, so its choice cannot be "
+                "played again. Take router_kl, or a method that leaves routing alone."
+            )
 
 
 def forget_choices(model: nn.Module) -> None:
     """Every block chooses by itself again."""
-    for choice in _choices(model):
+    for choice in _choices(model).values():
         choice.chosen = None
 
 
-def _choices(model: nn.Module) -> list["_Choice"]:
-    return [module.choice for module in model.modules() if "choice" in vars(module)]
+def _choices(model: nn.Module) -> dict[str, "_Choice"]:
+    return {
+        path: module.choice for path, module in model.named_modules() if "choice" in vars(module)
+    }
 
 
 class _Choice:
@@ -134,16 +152,19 @@ class _Choice:
 
 
 class _Noted(TorchFunctionMode):
-    """Appends the indices of every top-k."""
+    """Appends the indices of every top-k, but of those in a block within that notes its own."""
 
     def __init__(self, notes: list[Tensor]) -> None:
         super().__init__()
         self.notes = notes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if func in _TOP_K:
-            self.notes.append(found.indices)
+        if func not in _TOP_K:
+            return func(*args, **(kwargs or {}))
+        # The block around is not told: in replay it is not asked for this choice either.
+        with torch._C.DisableTorchFunction():
+            found = func(*args, **(kwargs or {}))
+        self.notes.append(found.indices)
         return found
 
 

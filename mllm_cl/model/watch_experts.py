@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage
 from mllm_cl.drift.covariance import CovarianceTracker
-from mllm_cl.drift.expert_moments import ExpertMoments
+from mllm_cl.drift.expert_moments import ROWS, ExpertMoments
 from mllm_cl.model.expert_lora import Rows, adapted
 from mllm_cl.model.experts import Experts
 from mllm_cl.model.watch import Watch, evaluating, forward, kept_rank, measure
@@ -36,22 +37,28 @@ class LayerWatch:
 
     def gather(self, source: str, input_ND: Tensor, rows: Rows, mask_N: Tensor | None) -> None:
         """Count the rows of one product."""
-        if source in self._down:
-            # Directions alone: an expert with small inputs has as much say as one with large ones.
-            directions = torch.nn.functional.normalize(input_ND.float(), dim=-1)
-            self._down[source].update(directions, mask_T=mask_N)
-            return
-        use = self.use[self._up[source]]
-        used_NE = input_ND.new_zeros(len(input_ND), len(use.utilisation_E))
-        used_NE[torch.arange(len(input_ND), device=input_ND.device), rows.expert_N] = 1.0
-        weight_NE = used_NE if rows.weight_N is None else used_NE * rows.weight_N[:, None]
-        use.update(weight_NE, input_ND, mask_T=mask_N, used_TE=used_NE)
+        for start in range(0, len(input_ND), ROWS):
+            part = slice(start, start + ROWS)
+            mask = None if mask_N is None else mask_N[part]
+            if source in self._down:
+                # Directions alone: one with small inputs has as much say as one with large ones.
+                directions = torch.nn.functional.normalize(input_ND[part].float(), dim=-1)
+                self._down[source].update(directions, mask_T=mask)
+                continue
+            weight_N = None if rows.weight_N is None else rows.weight_N[part]
+            use = self.use[self._up[source]]
+            use.update_rows(rows.expert_N[part], input_ND[part], weight_N, mask_N=mask)
 
     def reduce(self, all_reduce_sum: Reduce) -> None:
         """Sum over ranks. Collective."""
         for sums in (self._down, self.use):
             for path in sorted(sums):
                 sums[path].reduce(all_reduce_sum)
+
+    def move(self, source: str, device: torch.device) -> None:
+        """Bring what is known of a stack to `device`: where no rows came it is on the CPU."""
+        if source in self._down:
+            self._down[source].to(device)
 
     def bases(self, watch: Watch, rank: int) -> dict[str, Tensor]:
         """The `rank` leading directions of what enters each stack, from a reduced `watch`."""
@@ -68,7 +75,17 @@ def expert_moments(
     batches: Iterable[dict[str, Tensor]],
     reduce: Reduce,
 ) -> dict[str, ExpertMoments]:
-    """The second look: the moment of what enters each expert, in the basis of its stack."""
+    """The second look: the moment of what enters each expert, in the basis of its stack.
+
+    All ranks take the bases of the first: their sums add only in the very same coordinates, and
+    equal sums need not give equal eigenvectors on unlike devices. Collective.
+    """
+    own = engine.rank() == 0
+    bases = {
+        source: reduce(bases[source] if own else torch.zeros_like(bases[source]))
+        for source in sorted(bases)
+    }
+    assert all(basis_DK.any() for basis_DK in bases.values()), "no process is the first"
     num_experts = {path: lora.layout.num_experts for path, lora in adapted(model).items()}
     found = {
         source: ExpertMoments(basis_DK, num_experts[source.rpartition(".")[0]])
@@ -92,6 +109,8 @@ def chosen_experts(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each experts module, over the tokens of the batches: the share of choices that fell on
     each expert, and its mean weight, 0 where it was not chosen; (E,) each, float64. Collective.
+
+    Raises ValueError, on all ranks alike, if no token of any rank reached some module.
     """
     device = next(model.parameters()).device
     sums = {
@@ -115,6 +134,12 @@ def chosen_experts(
         for batch in batches:
             forward(model, batch)
     total = {path: reduce(sums[path]) for path in sorted(sums)}
+    for path, both in total.items():
+        if not both[0].sum():
+            raise ValueError(
+                f"no token of the task's data reached the experts at {path}, so none can be chosen "
+                "by use. Give data that uses them, or choose expert_lora."
+            )
     return {
         path: (both[0] / both[0].sum(), both[1] * found[path].top_k / both[0].sum())
         for path, both in total.items()

@@ -5,11 +5,11 @@ then left out, and a note says so.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mllm_cl.recipe.blocks import ADAPTER, ModelBlock
+from mllm_cl.recipe.blocks import ADAPTER, ModelBlock, TaskBlock
 from mllm_cl.recipe.convert import build, convert, plain, refuse_unknown, settable
 from mllm_cl.recipe.errors import RecipeError, shown
 
@@ -65,6 +65,17 @@ def method_block(
     path = str(Path(name).resolve()) if name.endswith(".py") else name
     note = f"method {name} does not take {', '.join(left_out)}: left out"
     return path, method, dataclasses.replace(model, **filled), (note,) if left_out else ()
+
+
+def check_superseded(tasks: Sequence[TaskBlock], name: str, method: "Method") -> None:
+    """RecipeError for a task that supersedes another which the method goes on protecting."""
+    for index, task in enumerate(tasks):
+        if task.supersedes is not None and not method.unlearns:
+            raise RecipeError(
+                f"tasks.{index}.supersedes",
+                f"found {task.supersedes!r}, but {name} would go on protecting its answers: take "
+                "same, replay or a method that protects nothing, or leave supersedes out",
+            )
 
 
 def _kind(name: str) -> type["Method"]:

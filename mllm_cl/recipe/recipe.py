@@ -23,7 +23,7 @@ from mllm_cl.recipe.blocks import (
 from mllm_cl.recipe.convert import convert, plain
 from mllm_cl.recipe.errors import RecipeError, unknown
 from mllm_cl.recipe.hints import Between
-from mllm_cl.recipe.method import method_block, written_method
+from mllm_cl.recipe.method import check_superseded, method_block, written_method
 from mllm_cl.recipe.read import parse, put, read_file, refuse_remote_code, split_overrides
 from mllm_cl.recipe.training import BOOKKEEPING, training_block, training_names
 
@@ -185,6 +185,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     model = convert(tree["model"], ModelBlock, "model")
     # last, since it imports torch
     name, method, model, notes = method_block(tree["method"], model, seed, written)
+    check_superseded(tasks, name, method)
     return Recipe(
         seed=seed,
         output_dir=output_dir,

@@ -3,7 +3,7 @@ tokens use; routers, shared experts, attention and all other experts stay as the
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class ESFT(Tuned):
     experts: `whole` trains their weights as the paper does, `lora` an adapter on each.
     Every task chooses anew. The experts that do not train are masked, not left out of memory.
     """
+
+    unlearns: ClassVar[bool] = True
 
     experts: Literal["frozen", "lora", "whole"] = "whole"
     lora_target_modules: tuple[str, ...] | str = ()

@@ -71,7 +71,10 @@ class EWC(Displaced):
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
-        """Add the task's Fisher information to that of all tasks before it."""
+        """Add the task's Fisher information to that of all tasks before it.
+
+        Raises ValueError, on all ranks alike, where it is not finite.
+        """
         super().after_task(model, task, memory, batches, reduce)
         forgive(model)
         share = -(-self.fisher_samples // engine.world_size())
@@ -79,6 +82,12 @@ class EWC(Displaced):
         number = reduce(torch.tensor(float(number)))
         for path in sorted(total):
             now = reduce(total[path]).cpu() / number
+            if not now.isfinite().all():
+                raise ValueError(
+                    f"the Fisher information of {path} is not finite, so nothing can hold that "
+                    "weight. Look for a broken sample with 'mllm-cl data check', or train it in "
+                    "fp32 with a lower learning rate."
+                )
             known = memory.get(f"ewc/fisher/{path}", torch.zeros_like(now))
             memory[f"ewc/fisher/{path}"] = self.decay * known + now
 

@@ -1,7 +1,7 @@
 """LoRA on the experts that a sparse model was born with, its routers and the rest frozen."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mllm_cl.method import Tuned
 
@@ -14,6 +14,8 @@ class ExpertLoRAMethod(Tuned):
     advise (ESFT, arXiv:2407.01906); `train_router: true` frees them, `lora_target_modules` adds
     linears.
     """
+
+    unlearns: ClassVar[bool] = True
 
     experts: Literal["frozen", "lora", "whole"] = "lora"
     lora_target_modules: tuple[str, ...] | str = ()

@@ -18,6 +18,7 @@ class Joint(Tuned):
     """
 
     rehearsal: ClassVar[bool] = True
+    unlearns: ClassVar[bool] = True
     trains_once: ClassVar[bool] = True
 
     def train_set(self, task: Task, memory: Memory, past: Sequence[Task]) -> Sequence[Sample]:

@@ -34,6 +34,11 @@ class LwF(Displaced):
     def loss(
         self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
     ) -> Tensor | None:
+        if "labels" not in inputs:
+            raise ValueError(
+                "lwf has to know where the answers stand, but the Trainer took the labels out of "
+                "the batch: leave label_smoothing_factor and compute_loss_func out."
+            )
         if not self.knows(memory):
             return None
         if outputs.logits is None:

@@ -1,6 +1,7 @@
 """MoELoRA of CoIN (arXiv:2403.08350): LoRA experts under a softmax router all training."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mllm_cl.method import Tuned
 
@@ -12,6 +13,8 @@ class MoELoRAMethod(Tuned):
     The per-expert product of CoIN, not the cross terms sum_ij w_i w_j B_j A_i of some later forks.
     Defaults: 8 experts (CoIN), rank 8 each; native routers stay frozen, as the original has none.
     """
+
+    unlearns: ClassVar[bool] = True
 
     num_experts: int = 8
     train_router: bool = False

@@ -12,7 +12,7 @@ from mllm_cl import engine
 from mllm_cl.memory import Memory
 from mllm_cl.method import Tuned
 from mllm_cl.model.adapt import Site, lora_layers, lora_sites, router_sites
-from mllm_cl.model.penalty import due, is_penalised, penalise
+from mllm_cl.model.penalty import due, forgive, is_penalised, penalise
 from mllm_cl.model.surgery import only_train
 from mllm_cl.task import Task
 
@@ -36,11 +36,17 @@ class OLoRA(Tuned):
                 f"olora trains one plain LoRA per task, found num_experts {self.num_experts} and "
                 f"use_peft {self.use_peft}. Set 'num_experts: 0' and 'use_peft: true'."
             )
+        if self.experts != "frozen":
+            raise ValueError(
+                f"olora trains linears, found 'experts: {self.experts}', which it would leave "
+                "alone. Leave experts out, or choose expert_lora or esft."
+            )
         if self.strength <= 0:
             raise ValueError(f"strength must be positive, found {self.strength}")
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """A LoRA for this task, beside those of all before it."""
+        forgive(model)  # what the last task's rows owed; they are frozen now
         # What comes before the first task trains nothing, and is handed on to the first.
         sites = [self._sites_of(model, number) for number in range(1, max(1, task.index) + 1)][-1]
         native = router_sites(model) if self.train_router else []

@@ -11,3 +11,4 @@ class Replay(Rehearsing):
     """Train on the task's own samples and the kept ones of the past, all alike."""
 
     rehearsal: ClassVar[bool] = True
+    unlearns: ClassVar[bool] = True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mllm_cl.drift.distil import divergence, token_share
 from mllm_cl.memory import Memory
 from mllm_cl.method import Displaced, Rehearsing
+from mllm_cl.model.linears import vision_names
 from mllm_cl.model.routing import heard, listen
 from mllm_cl.model.teacher import incoming
 from mllm_cl.task import Task
@@ -19,7 +20,7 @@ from mllm_cl.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class RouterKL(Displaced, Rehearsing):
-    """L + strength * mean over routers and tokens of KL(p_before || p_now).
+    """L + strength * mean over routers and the tokens they saw of KL(p_before || p_now).
 
     p_before is the softmax of a router's logits in the incoming model, which looks at every batch
     once more. The term counts every sample of the batch alike: the task's own and, as in `replay`,
@@ -49,6 +50,10 @@ class RouterKL(Displaced, Rehearsing):
         listen(model)
         super().before_task(model, task, memory)
 
+    def before_forward(self, model: nn.Module, inputs: dict[str, Tensor], memory: Memory) -> None:
+        """Forget what routers said to other batches: this one may not reach them all."""
+        heard(model)
+
     def loss(
         self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
     ) -> Tensor | None:
@@ -57,18 +62,21 @@ class RouterKL(Displaced, Rehearsing):
         now = heard(model)
         incoming(model, inputs)
         before = heard(model)
-        share_BT = token_share(inputs["attention_mask"])
+        share_BT, seeing = token_share(inputs["attention_mask"]), vision_names(model)
         terms = [
-            divergence(before[path], now_TE, _share(share_BT, len(now_TE)))
+            divergence(
+                before[path], now_TE, _share(share_BT, len(now_TE), is_masked=path not in seeing)
+            )
             for path, now_TE in now.items()
+            if path in before
         ]
         return self.strength * torch.stack(terms).mean()
 
 
-def _share(share_BT: Tensor, num_tokens: int) -> Tensor:
+def _share(share_BT: Tensor, num_tokens: int, *, is_masked: bool) -> Tensor:
     """What each of a router's tokens weighs: an image encoder's patches, which no mask counts, all
-    alike.
+    alike, even if they are as many as the text's tokens.
     """
-    if share_BT.numel() == num_tokens:
+    if is_masked and share_BT.numel() == num_tokens:
         return share_BT.flatten()
     return share_BT.new_full((num_tokens,), 1 / num_tokens)

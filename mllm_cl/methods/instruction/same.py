@@ -6,9 +6,10 @@ promise holds in the weights under any optimizer. docs/architecture.md has the r
 E experts, R LoRA rank, D model width, T tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage, ReleasedActivation, active_experts
 from mllm_cl.drift.covariance import CovarianceTracker, recomputing, sketch_width
 from mllm_cl.drift.expert_moments import ExpertMoments
-from mllm_cl.drift.factors import low_rank_moment, slow_a_within, slow_b_within
+from mllm_cl.drift.factors import answer_energy, low_rank_moment, slow_a_within, slow_b_within
 from mllm_cl.drift.guard import DriftGuard
 from mllm_cl.drift.subspace import Spectrum, without
 from mllm_cl.memory import Memory
@@ -25,7 +26,7 @@ from mllm_cl.method import Batches, Reduce, Tuned
 from mllm_cl.model.adapt import Site, rest, resting_experts, router_sites
 from mllm_cl.model.expert_lora import adapted, stacks
 from mllm_cl.model.moe_lora import MoELoRA
-from mllm_cl.model.quantised import whole
+from mllm_cl.model.quantised import weight_of, whole
 from mllm_cl.model.surgery import Guard, advance, guard, installed_on, only_train
 from mllm_cl.model.watch import Watch, kept_rank, measure
 from mllm_cl.model.watch_experts import LayerWatch, expert_moments
@@ -58,6 +59,8 @@ class Same(Tuned):
     update: `coordinates` guards the displacement, `gradient` the gradient as the paper writes it,
         which AdamW undoes. This and `released` are kept for comparison.
     """
+
+    unlearns: ClassVar[bool] = True
 
     num_experts: int = 8
     router: Literal["guarded", "spectral", "free", "frozen"] = "guarded"
@@ -122,21 +125,11 @@ class Same(Tuned):
         """Put a guard on every weight that trains; what it allows is decided in `start_task`."""
         sites = self.sites(model)
         self._check(model, sites)
-        for site in sites:
-            if site.role == "router" and self.router == "frozen":
-                continue
+        trained = [one for one in sites if (one.role, self.router) != ("router", "frozen")]
+        self._check_memory(model, trained, memory)
+        for site in trained:
             one = guard(site.module, site.name, in_fp32=site.native)
             one.update = self.update
-        known, met = (
-            memory.under("same/source"),
-            [_module_of(site) for site in self._guarded(model)],
-        )
-        if known and not any(path in known for path in met):
-            raise ValueError(
-                f"the memory was measured at other modules ({next(iter(known))} ...) than those "
-                f"that train ({met[0]} ...), so nothing would be protected. Measure again with "
-                "the settings of this run."
-            )
         rest(model)
         if self.activation == "released":
             for path, moe in resting_experts(model).items():
@@ -168,7 +161,7 @@ class Same(Tuned):
             one.g = shared[key]
             one.move(one.displacement.device)
         if self.activation == "paper":
-            self._rest(model, watch.use | layers.use, memory)
+            self._rest(model, watch.use | layers.use, task, memory)
 
     def _past(self, watch: Watch, task: Task, memory: Memory) -> dict[str, Spectrum]:
         """What earlier tasks fed each watched module, without a task that this one supersedes.
@@ -176,13 +169,13 @@ class Same(Tuned):
         Only the answers of that one are wrong, so what it asked is what this task asks: its part
         is the task's own moment, of as many tokens as it put in.
         """
-        spectra, old = {}, self._tokens(memory, task.supersedes, sorted(watch.trackers))
+        spectra, old = {}, self._tokens(memory, task.supersedes)
         for source, now in watch.trackers.items():
             past = self._history(memory, source, now.device)
             if past is None:
                 continue
             spectra[source] = past.spectrum()
-            if old:
+            if source in old:
                 share = (old[source].to(now.device) / past.count).clamp_max(1)
                 spectra[source] = without(spectra[source], now.spectrum(), share)
         return spectra
@@ -192,7 +185,7 @@ class Same(Tuned):
     ) -> dict[str, Spectrum]:
         """The same for the model's own experts, `now` being given where a task is superseded."""
         known = self._expert_history(model, memory)
-        old = self._tokens(memory, task.supersedes, sorted(known), kind="rows") if known else {}
+        old = self._tokens(memory, task.supersedes, kind="rows") if known else {}
         if not old:
             return {source: past.spectrum() for source, past in known.items()}
         return {
@@ -200,26 +193,33 @@ class Same(Tuned):
             for source, past in known.items()
         }
 
-    def _tokens(
-        self, memory: Memory, name: str | None, sources: list[str], kind: str = "tokens"
-    ) -> dict[str, Tensor]:
-        """How many tokens task `name` put into the history of each source."""
+    def _tokens(self, memory: Memory, name: str | None, kind: str = "tokens") -> dict[str, Tensor]:
+        """How many tokens task `name`, and what it superseded, put into each module's history."""
         if name is None:
             return {}
-        known = memory.get(f"same/{kind}/{name}")
-        if known is None:
+        known = memory.under(f"same/{kind}/{name}")
+        if not known:
+            tasks = {key.rpartition("/")[0]: None for key in memory.under("same/tokens")}
             raise ValueError(
                 f"the task supersedes {name!r}, of which the memory knows nothing; it knows "
-                f"{', '.join(memory.under('same/tokens')) or 'no task'}"
+                f"{', '.join(tasks) or 'no task'}"
             )
-        return dict(zip(sources, known, strict=True))
+        return known
+
+    def _remember_tokens(
+        self, memory: Memory, task: Task, counts: dict[str, Tensor], kind: str = "tokens"
+    ) -> None:
+        """Keep how many tokens are this task's; those of a task that it supersedes became so."""
+        old = self._tokens(memory, task.supersedes, kind)
+        counts = {path: count.cpu() + old.get(path, 0) for path, count in counts.items()}
+        memory.put(f"same/{kind}/{task.name}", counts)
 
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """Add the task's input, as the finished model sees it, to the history of all tasks."""
         if self.budget is not None:
-            self._keep_within_budget(model, memory, self.budget)
+            self._keep_within_budget(model, task, memory, batches, reduce)
         watch, layers = self._measure(model, batches, reduce)
         past = {
             source: self._history(memory, source, tracker.device)
@@ -227,25 +227,43 @@ class Same(Tuned):
         }
         for path, source in watch.source_of.items():
             memory[f"same/source/{path}"] = _text(source)
-        counts = [watch.trackers[source].count for source in sorted(watch.trackers)]
-        memory[f"same/tokens/{task.name}"] = torch.stack(counts)
+        counts = {path: watch.trackers[source].count for path, source in watch.source_of.items()}
+        self._remember_tokens(memory, task, counts)
         for source, tracker in watch.trackers.items():
             if past[source] is not None:
                 tracker.merge(past[source])
             memory.put(f"same/moment/{source}", tracker.state())
         for path, use in (watch.use | layers.use).items():
-            before = memory.under(f"same/use/{path}")
-            if before:
-                use.merge(ExpertUsage.from_state(before))
-            memory.put(f"same/use/{path}", use.state())
+            self._remember_use(memory, task, path, use)
         moments = self._moments(model, watch, layers, batches, reduce)
         if moments:
-            rows = [moments[source].count_E.sum() for source in sorted(moments)]
-            memory[f"same/rows/{task.name}"] = torch.stack(rows).cpu()
+            rows = {source: one.count_E.sum() for source, one in moments.items()}
+            self._remember_tokens(memory, task, rows, kind="rows")
         known = self._expert_history(model, memory)
         for source, here in moments.items():
             both = here.merge(known[source], self.expert_rank) if source in known else here
             memory.put(f"same/experts/{source}", both.state())
+
+    def _remember_use(self, memory: Memory, task: Task, path: str, use: ExpertUsage) -> None:
+        """Add the use of the experts at `path` to that by all tasks, and keep it as this task's,
+        together with that of a task that it supersedes.
+        """
+        own, total = (ExpertUsage.from_state(use.state()) for _ in range(2))
+        replaced = self._superseded_use(memory, task, path)
+        if replaced is not None:
+            own.merge(replaced)
+        before = memory.under(f"same/use/{path}")
+        if before:
+            total.merge(ExpertUsage.from_state(before))
+        memory.put(f"same/used/{task.name}/{path}", own.state())
+        memory.put(f"same/use/{path}", total.state())
+
+    def _superseded_use(self, memory: Memory, task: Task, path: str) -> ExpertUsage | None:
+        """What the task that this one supersedes asked of the experts at `path`."""
+        if task.supersedes is None:
+            return None
+        state = memory.under(f"same/used/{task.supersedes}/{path}")
+        return ExpertUsage.from_state(state) if state else None
 
     def _guarded(self, model: nn.Module) -> list[Site]:
         return [site for site in self.sites(model) if site.name in installed_on(site.module)]
@@ -268,6 +286,44 @@ class Same(Tuned):
             "'router: frozen' to slow the trained weights alone."
         )
 
+    def _check_memory(self, model: nn.Module, sites: list[Site], memory: Memory) -> None:
+        """Refuse a memory that covers only a part of what trains, or was measured otherwise."""
+        known = memory.under("same/source")
+        again = "Measure again with the settings of this run."
+        for path in (_module_of(site) for site in sites if known):
+            if path not in known:
+                raise ValueError(
+                    f"the memory was measured at other modules ({next(iter(known))} ...) than "
+                    f"those that train: of {path} it knows nothing, so it would move freely. "
+                    f"{again}"
+                )
+        for path, there, here in self._sizes(model, sites, memory):
+            if there != here:
+                raise ValueError(
+                    f"the memory was measured with {there} at {path}, but this run has {here} "
+                    f"there, and the two do not add up. {again}"
+                )
+
+    def _sizes(
+        self, model: nn.Module, sites: list[Site], memory: Memory
+    ) -> Iterator[tuple[str, str, str]]:
+        """What has to agree with the memory: where, how much it is there, how much it is here."""
+        for site in (one for one in sites if one.role != "B"):
+            dim, path = engine.shape(site.weight)[-1], _module_of(site)
+            basis_DK = memory.get(f"same/experts/{site.source}/basis")
+            if site.experts and basis_DK is not None:
+                yield site.source, f"width {len(basis_DK)}", f"width {dim}"
+            dim = site.experts.width if site.experts else dim
+            keeper = memory.get(f"same/source/{path}")
+            if keeper is not None:
+                settings = memory[f"same/moment/{_string(keeper)}/settings"].tolist()
+                here = f"width {dim} and rank {kept_rank(dim, self.rank) or dim}"
+                yield path, f"width {settings[0]} and rank {settings[1] or settings[0]}", here
+        for path, number in _number_of_experts(model).items():
+            weight_E = memory.get(f"same/use/{path}/weight")
+            if weight_E is not None:
+                yield path, f"{len(weight_E)} experts", f"{number} experts"
+
     def _measure(
         self, model: nn.Module, batches: Batches, reduce: Reduce
     ) -> tuple[Watch, LayerWatch]:
@@ -285,6 +341,7 @@ class Same(Tuned):
         for site in self._guarded(model):
             device = installed_on(site.module)[site.name].displacement.device
             watch.trackers[watch.source_of[_module_of(site)]].to(device)
+            layers.move(site.source, device)
         return watch, layers
 
     def _moments(
@@ -338,15 +395,21 @@ class Same(Tuned):
         forbidden = DriftGuard.forbid(past, energy=self.forbid_energy)
         return DriftGuard.compose(confined, forbidden).compact()
 
-    def _rest(self, model: nn.Module, use: dict[str, ExpertUsage], memory: Memory) -> None:
+    def _rest(
+        self, model: nn.Module, use: dict[str, ExpertUsage], task: Task, memory: Memory
+    ) -> None:
         """Decide which experts move in this task, from sums over all ranks."""
         for path, (module, weights) in _experts_of(model).items():
-            past = memory.under(f"same/use/{path}")
-            if not past:
+            known = memory.under(f"same/use/{path}")
+            if not known:
                 continue
+            past = ExpertUsage.from_state(known)
+            replaced = self._superseded_use(memory, task, path)
+            if replaced is not None:  # what has to change is no reason to rest
+                past = past.without(replaced)
             active_E = active_experts(
                 use[path].utilisation_E.cpu(),
-                ExpertUsage.from_state(past).importance_E,
+                past.importance_E,
                 threshold=self.activation_threshold,
             )
             for name in weights:
@@ -354,13 +417,17 @@ class Same(Tuned):
                 one.active_E = active_E.float().to(one.displacement.device)
         rest(model)
 
-    def _keep_within_budget(self, model: nn.Module, memory: Memory, budget: float) -> None:
+    def _keep_within_budget(
+        self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
+    ) -> None:
         """Join every expert's step to its displacement, slowed as the budget demands. Collective.
 
         At the end, since only the finished step says what old inputs feel of it; and before this
-        task is measured, whose inputs depend on it.
+        task is measured, whose inputs depend on it. A task that supersedes another is measured here
+        too, since a resumed one has nothing left of what `start_task` saw.
         """
         known = self._expert_history(model, memory)
+        left = self._left(model, task, memory, batches, reduce) if task.supersedes else {}
         for site in self._guarded(model):
             one = installed_on(site.module)[site.name]
             if site.experts:
@@ -369,23 +436,37 @@ class Same(Tuned):
                 history = self._history(memory, site.source, one.displacement.device)
             if history is None or site.role not in ("weight", "B"):
                 continue
-            past = history.spectrum()
+            past = left[site.source] if left else history.spectrum()
             if site.role == "B":
-                _join_factors(site, past, budget)
+                _join_factors(site, past, self.budget)
             else:
                 step, weight_OD = one.step(engine.full(one.delta)), _effective(site)
-                _join(one, DriftGuard.slow(past, budget=budget, weight=weight_OD, delta=step))
+                _join(one, DriftGuard.slow(past, budget=self.budget, weight=weight_OD, delta=step))
+
+    def _left(
+        self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
+    ) -> dict[str, Spectrum]:
+        """What is left of the history without the superseded task's part, which is what this task's
+        data gives the model as it is now; by module and by stack.
+        """
+        watch, layers = self._measure(model, batches, reduce)
+        spectra = self._past(watch, task, memory)
+        found = {
+            path: spectra[source] for path, source in watch.source_of.items() if source in spectra
+        }
+        now = self._moments(model, watch, layers, batches, reduce)
+        return found | self._past_experts(model, task, memory, now)
 
 
 def _join_factors(site: Site, past: Spectrum, budget: float) -> None:
     """Join the steps of both factors of the LoRA whose B is at `site`, A's first. Collective."""
-    a_site, weight_OD = site.before, _frozen(site)
+    a_site, energy = site.before, _answer_energy(site, past)
     a, b = (installed_on(one.module)[one.name] for one in (a_site, site))
     b_OR, step_RD = site.scale * _effective(site), a.step(engine.full(a.delta))
-    _join(a, slow_a_within(budget, past, weight_OD, b_OR=b_OR, step_RD=step_RD))
+    _join(a, slow_a_within(budget, past, energy, b_OR=b_OR, step_RD=step_RD))
     step_OR = site.scale * b.step(engine.full(b.delta))
     a_RD = _effective(a_site)
-    _join(b, slow_b_within(budget, past, weight_OD, a_RD=a_RD, step_OR=step_OR))
+    _join(b, slow_b_within(budget, past, energy, a_RD=a_RD, step_OR=step_OR))
 
 
 def _join(one: Guard, slowed: DriftGuard) -> None:
@@ -398,12 +479,18 @@ def _effective(site: Site) -> Tensor:
     return engine.full(site.weight).float() + installed_on(site.module)[site.name].displacement
 
 
-def _frozen(site: Site) -> Tensor:
-    """The weight beside which a LoRA answers, inputs last, fp32. Collective under sharding."""
+def _answer_energy(site: Site, past: Spectrum) -> Tensor:
+    """tr(W C W^T) of the weight beside which a LoRA answers, or of each expert's, (E,); float64.
+
+    A stack in fp32 may be larger than the model: one expert is widened at a time. Collective under
+    sharding.
+    """
     if site.experts is None:
-        return whole(site.layer, "weight")
-    stack = whole(site.layer, site.source.rpartition(".")[2])
-    return stack.mT if site.experts.transposed else stack
+        return answer_energy(whole(site.layer, "weight"), past)
+    weight = weight_of(site.layer, site.source.rpartition(".")[2])
+    stack = engine.full(weight) if isinstance(weight, nn.Parameter) else weight
+    stack = stack.mT if site.experts.transposed else stack
+    return torch.stack([answer_energy(stack[e], past.of(e)) for e in range(len(past.trace))])
 
 
 def _module_of(site: Site) -> str:
@@ -424,6 +511,12 @@ def _experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]
         for path, lora in adapted(model).items()
     }
     return mixtures | native
+
+
+def _number_of_experts(model: nn.Module) -> dict[str, int]:
+    """How many experts may rest, by where their use is kept."""
+    mixtures = {path: moe.num_experts for path, moe in resting_experts(model).items()}
+    return mixtures | {path: one.layout.num_experts for path, one in adapted(model).items()}
 
 
 def _follow(moe: MoELoRA, memory: Memory, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -17,6 +18,8 @@ class ZeroShot(Tuned):
 
     It takes the settings of the others, so that one recipe serves all, and uses none.
     """
+
+    unlearns: ClassVar[bool] = True
 
     train_router: bool = False
 
