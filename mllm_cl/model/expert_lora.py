@@ -226,8 +226,7 @@ def _forward_routed(
     weight_N = weight_TK.reshape(-1)[order_N]
     rows = Rows(expert_N, places.token_N, len(hidden_TD), weight_N)
     answer_ND = _answer(self, lora, hidden_TD, places, groups, rows)
-    answer_ND = answer_ND * weight_N[:, None]
-    return answer_ND[back_N].unflatten(0, (-1, num_chosen)).sum(1).to(hidden_TD.dtype)
+    return places.scatter(answer_ND * weight_N[:, None]).to(hidden_TD.dtype)
 
 
 def _forward_all(self: nn.Module, hidden_ND: Tensor) -> Tensor:

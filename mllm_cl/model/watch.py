@@ -85,7 +85,7 @@ class Watch:
 
         def hook(module: nn.Module, args: tuple) -> None:
             if self._counts():
-                gather(path, args, self._mask_for(path, args[0]))
+                gather(path, args, self._mask_for(path, _tokens_in(args[0])))
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -170,7 +170,9 @@ class Watch:
         if path not in self.source_of:
             self._join(path, keeper, input_TD.shape[-1])
         if self.source_of[path] == path:
-            self.trackers[path].update(input_TD.detach(), mask_T=self._mask_for(path, input_TD))
+            self.trackers[path].update(
+                input_TD.detach(), mask_T=self._mask_for(path, _tokens_in(input_TD))
+            )
 
     def _keeper(self, path: str, input_TD: Tensor) -> str:
         """The first module of this forward that was handed the very same tensor."""
@@ -183,29 +185,31 @@ class Watch:
         self._seen[key] = (StorageWeakRef(input_TD.untyped_storage()), path)
         return path
 
-    def _mask_for(self, path: str, input_TD: Tensor) -> Tensor | None:
+    def _mask_for(self, path: str, num_tokens: int) -> Tensor | None:
         # A vision tower sees patches: no padding, even if they are as many as the text's tokens.
         if self._mask is None or self._mask.dim() != 2 or path in self._unmasked:
             return None
-        tokens = input_TD.shape[:-1].numel()
-        return self._mask.bool() if self._mask.numel() == tokens else None
+        return self._mask.bool() if self._mask.numel() == num_tokens else None
 
     def _mask_rows(self, path: str, rows: Rows) -> Tensor | None:
         """The mask of the tokens that rows stand for."""
-        if self._mask is None or self._mask.dim() != 2 or path in self._unmasked:
-            return None
-        if self._mask.numel() != rows.num_tokens:
-            return None
-        return self._mask.bool().reshape(-1)[rows.token_N]
+        mask = self._mask_for(path, rows.num_tokens)
+        return None if mask is None else mask.reshape(-1)[rows.token_N]
 
     def _router_hook(self, path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
             if self._counts():
                 input_TD = args[0].detach().reshape(-1, args[0].shape[-1])
                 weight_TE = router_logits(router, input_TD).softmax(-1)
-                self.use[path].update(weight_TE, input_TD, mask_T=self._mask_for(path, input_TD))
+                self.use[path].update(
+                    weight_TE, input_TD, mask_T=self._mask_for(path, _tokens_in(input_TD))
+                )
 
         return hook
+
+
+def _tokens_in(input_TD: Tensor) -> int:
+    return input_TD.shape[:-1].numel()
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ class LayerWatch:
         entering = {
             source: watch.trackers[watch.source_of[path]] for source, path in self._up.items()
         }
-        spectra = {source: one.spectrum(rank) for source, one in (entering | self._down).items()}
-        return {source: c.basis_DK[:, :rank] for source, c in spectra.items()}
+        both = entering | self._down
+        return {source: one.spectrum(rank).basis_DK for source, one in both.items()}
 
 
 def expert_moments(
