@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,12 +27,18 @@ class Case:
     accumulation: int
     mixed: bool = False
     native: bool = False  # the model's own experts train, through adapters
+    skewed: bool = False  # every token of the second of two processes goes to the same experts
 
     @property
     def name(self) -> str:
         way = "checkpointed" if self.checkpointing else "plain"
-        end = ("/mixed" if self.mixed else "") + ("/native" if self.native else "")
-        return f"{self.method}/{self.kind}/{way}/{self.accumulation}{end}"
+        kinds = [kind for kind in ("mixed", "native", "skewed") if getattr(self, kind)]
+        return "/".join([self.method, self.kind, way, str(self.accumulation), *kinds])
+
+    @property
+    def plain(self) -> "Case":
+        """The case of the same numbers that takes each batch at once and keeps what it computes."""
+        return replace(self, checkpointing=False, accumulation=1)
 
 
 class Mixed(Sequence):
@@ -56,7 +62,8 @@ class Mixed(Sequence):
         return {**sample, "messages": [asked, answered], "images": []}
 
 
-def cases() -> list[Case]:
+def cases(engine: str = "single") -> list[Case]:
+    """The cells of an engine; those that differ by little from another have the experts' alone."""
     found = []
     for method, kind in (
         ("finetune", "qwen3-vl-moe"),
@@ -70,13 +77,40 @@ def cases() -> list[Case]:
     found += [Case("same", "llava", False, 2), Case("same", "qwen3-vl-moe", False, 2)]
     found += [Case("expert_lora", "qwen3-vl-moe", False, 1, native=True)]
     found += [Case("same", "qwen3-vl-moe", way, 1, native=True) for way in (False, True)]
-    return found + [
+    found += [Case("same", "qwen3-vl-moe", False, 1, native=True, skewed=True)]
+    found += [
         Case(method, kind, False, 1, mixed=True)
         for method, kind in (("finetune", "qwen3-vl-moe"), ("same", "llava"))
     ]
+    return [case for case in found if case.native or engine not in FEW]
+
+
+FEW = ("zero1", "zero3-offload")
 
 
 FLAWED = Case("finetune", "llava", False, 1)
+
+
+def skew(model) -> None:
+    """In training, send every token of the later half of the batch to the first experts.
+
+    Of two processes that is all the second one has.
+    """
+    from mllm_cl.model.anatomy import routers
+
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+    def chosen(router, inputs, output):
+        if not torch.is_grad_enabled():
+            return output  # what measures shares its samples out in another way
+        logits_TE, scores_TK, chosen_TK = output
+        first = len(chosen_TK) // 2 if world == 1 else len(chosen_TK) * (1 - rank)
+        same_K = torch.arange(chosen_TK.shape[1])
+        late_T = torch.arange(len(chosen_TK)) >= first
+        return logits_TE, scores_TK, torch.where(late_T[:, None], same_K, chosen_TK)
+
+    for router in routers(model).values():
+        router.register_forward_hook(chosen)
 
 
 def shard_on_cpu() -> None:
@@ -170,7 +204,7 @@ def train(case: Case, models: Path, memory, folder: Path) -> tuple[list[float], 
 
     found, leaks = {}, {}
     trainer = make_trainer(case, models, memory, folder, "arrow", [Displacements()])
-    expected = os.environ["EXPECTED_ENGINE"]
+    expected, _, _ = os.environ["EXPECTED_ENGINE"].partition("-")
     assert trainer.engine == expected, f"launched {expected}, but trains with {trainer.engine}"
     trainer.train()
     if expected == "fsdp2":
@@ -251,7 +285,7 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        train_sampling_strategy="sequential" if case.mixed else "random",
+        train_sampling_strategy="sequential" if case.mixed or case.skewed else "random",
         ddp_find_unused_parameters=False if case.mixed else None,  # would hide an idle tower
         use_cpu=os.environ.get("ACCELERATE_USE_FSDP", "") != "true",
         seed=3,
@@ -259,6 +293,8 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
     set_seed(3)
     block = ModelBlock(model_name_or_path=str(models / case.kind))
     model, processor = load_model(block), load_processor(block)
+    if case.skewed:
+        skew(model)
     samples = toy_task(task_name, "train", 160)
     samples = Mixed(samples) if case.mixed else samples
     trainer = continual(Trainer)(
@@ -285,8 +321,8 @@ def main(out: Path, models: Path) -> None:
     result, tensors = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         said = verdicts(models, Path(folder))
-    for case in cases():
-        past = out / f"memory-{case.method}-{case.kind}-{case.mixed}-{case.native}.safetensors"
+    for case in cases(expected):
+        past = out / f"memory-{case.plain.name.replace('/', '-')}.safetensors"
         with tempfile.TemporaryDirectory() as folder:
             if expected == "single" and not past.exists():
                 remember(case, models, Path(folder)).save(past)

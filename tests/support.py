@@ -7,7 +7,6 @@ from mllm_cl.model.four_bit import ENGINES as PACKED
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 # What tests/test_quantised.py learns with packed weights, and the method it launches on engines.
 PACKED_LEARN, PACKED_LAUNCHED = ("finetune", "moe_lora", "expert_lora", "same"), "expert_lora"
-LAUNCHED = ("single", "ddp", "zero2", "zero3", "fsdp2")
 
 HEAD = """# Which method runs where
 
@@ -24,10 +23,9 @@ Made by `python tests/support.py > docs/support.md`, and held to what the tests 
 
 def table() -> str:
     """The page."""
-    compared = {(case.method, engine) for case in cases() for engine in LAUNCHED}
-    learn = [name for name in names() if load_method(name).setting == "instruction"]
+    compared = {(case.method, engine) for engine in ENGINES for case in cases(engine)}
     lines = []
-    for name in learn:
+    for name in names("instruction"):
         method = load_method(name)()
         lines.append((name, "as they are", method, compared, ENGINES))
         launched = {(PACKED_LAUNCHED, engine) for engine in ("single", "ddp", "zero2")}
