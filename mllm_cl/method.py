@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset
 from mllm_cl.memory import Memory
 from mllm_cl.model import adapt
 from mllm_cl.model.adapt import Site
+from mllm_cl.model.routing import imbalance, listen_for_balance
 from mllm_cl.model.surgery import guard, only_train
 from mllm_cl.task import Sample, Task, kept_samples
 
@@ -66,9 +67,17 @@ class Method:
         """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
         return memory.num_bytes
 
-    def forecast_bytes(self, model: nn.Module) -> int:
-        """At most how much `kept_bytes` will be, from shapes alone, after `before_task`."""
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
+        """At most how much `kept_bytes` will be after `num_tasks` tasks, from shapes alone; asked
+        after `before_task`.
+        """
         return 0
+
+    def captured(self, memory: Memory) -> dict[str, Tensor]:
+        """Where the memory approximates what it keeps: the share of it that is held exactly, by
+        stack of experts, of each expert that was used (E,).
+        """
+        return {}
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put adapters and guards into the model and freeze the rest."""
@@ -93,6 +102,12 @@ class Method:
         """A term to add to the task's loss (a mean per optimizer step), or None."""
         return None
 
+    def term(
+        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
+    ) -> Tensor | None:
+        """All that joins the task's loss: `loss`, and what settings ask for beside it."""
+        return self.loss(model, inputs, outputs, memory)
+
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
@@ -109,6 +124,8 @@ class Tuned(Method):
     arXiv:2403.08350): rank and alpha are per expert. `train_router` trains the routers that a
     sparse model was born with, `experts` their experts: `lora` puts a LoRA of the same rank and
     alpha on each, `whole` trains their weights. Empty `lora_target_modules` leave linears alone.
+    `router_aux_loss_coef` times the imbalance of all routers that train joins the loss (Switch,
+    arXiv:2101.03961; most checkpoints were made with 0.001); the model's own such loss is off then.
     """
 
     lora_target_modules: tuple[str, ...] | str = "all-linear"
@@ -120,6 +137,7 @@ class Tuned(Method):
     top_k: int | None = None
     train_router: bool = True
     experts: Literal["frozen", "lora", "whole"] = "frozen"
+    router_aux_loss_coef: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,6 +159,21 @@ class Tuned(Method):
                 "plain LoRA of linears has dropout. Set 'lora_dropout: 0', or name linears in "
                 "lora_target_modules with 'num_experts: 0' and 'use_peft: true'."
             )
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"router_aux_loss_coef is 0 or more, found {self.router_aux_loss_coef}"
+            )
+        if self.router_aux_loss_coef and not self.trains_router:
+            raise ValueError(
+                f"found router_aux_loss_coef {self.router_aux_loss_coef}, but no router trains, so "
+                "it could only bend what comes before them. Train routers (train_router: true), or "
+                "leave it out."
+            )
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether routers are asked to train: the model's own, or those of LoRA experts."""
+        return self.train_router or self.num_experts > 0
 
     @property
     def _no_plain_lora(self) -> str:
@@ -159,7 +192,30 @@ class Tuned(Method):
     def sites(self, model: nn.Module) -> list[Site]:
         """The weights to train; adapters are put in place at the first call."""
         native = adapt.router_sites(model) if self.train_router else []
-        return [*self._adapter_sites(model), *self._expert_sites(model), *native]
+        found = [*self._adapter_sites(model), *self._expert_sites(model), *native]
+        self.listen(model, found)
+        return found
+
+    def listen(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Prepare the routers among `sites` for `term`, once; before guards are put in place.
+
+        Raises ValueError where there is none that chooses.
+        """
+        if self.router_aux_loss_coef:
+            listen_for_balance(model, [site.module for site in sites if site.role == "router"])
+
+    def term(
+        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
+    ) -> Tensor | None:
+        """The method's `loss` and, with `router_aux_loss_coef`, the imbalance of its routers."""
+        uneven = None
+        if self.router_aux_loss_coef:  # first: a method's loss may ask the model something else
+            uneven = imbalance(model, inputs.get("attention_mask"))
+        own = super().term(model, inputs, outputs, memory)
+        if uneven is None:
+            return own
+        uneven = self.router_aux_loss_coef * uneven
+        return uneven if own is None else own + uneven
 
     def _expert_sites(self, model: nn.Module) -> list[Site]:
         if self.experts == "lora":
@@ -223,7 +279,7 @@ class Displaced(Tuned):
         """Whether there is anything to keep yet."""
         return f"{self.name}/known" in memory
 
-    def forecast_bytes(self, model: nn.Module) -> int:
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
         return 8
 
 
@@ -250,16 +306,14 @@ class Rehearsing(Tuned):
     def kept_bytes(self, memory: Memory) -> int:
         return memory.num_bytes + int(memory.get(f"{self.name}/bytes", torch.tensor(0)))
 
-    def forecast_bytes(self, model: nn.Module) -> int:
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
         return self.buffer_bytes + 16
 
 
-def names() -> dict[str, Path]:
+def names(setting: str = "*") -> dict[str, Path]:
     """The methods of the package by name: one file each, and the file's name is the method's."""
-    folder = Path(__file__).parent / "methods"
-    return {
-        path.stem: path for path in sorted(folder.glob("*/*.py")) if not path.stem.startswith("_")
-    }
+    files = sorted((Path(__file__).parent / "methods").glob(f"{setting}/*.py"))
+    return {path.stem: path for path in files if not path.stem.startswith("_")}
 
 
 def load_method(name: str) -> type[Method]:

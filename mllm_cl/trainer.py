@@ -18,7 +18,8 @@ from transformers import ProcessorMixin, Trainer
 from mllm_cl import checkpoint, engine, preflight
 from mllm_cl.data.chat import ChatCollator, picture_inputs
 from mllm_cl.memory import Memory
-from mllm_cl.method import Method
+from mllm_cl.method import Batches, Method
+from mllm_cl.model.idle import visit_idle
 from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
 from mllm_cl.model.tower import show_guard_picture
@@ -41,9 +42,10 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
     `train_dataset` is what the method wants to train on: `method.train_set(task, memory, past)`,
     which is the task's own data but for methods with `rehearsal`.
-    `trainer.tries_largest` says whether the longest samples are tried before step 1
-    (`preflight.push`): True on an accelerator, whose memory ends sooner and where it costs next to
-    nothing.
+    `trainer.measured`, batches, takes the place of the selection of the training data that the
+    method measures. `trainer.tries_largest` says whether the longest samples are tried before
+    step 1 (`preflight.push`): True on an accelerator, whose memory ends sooner and where it costs
+    next to nothing.
     Raises ValueError for a launch that would silently train something else, and for an engine on
     which the method cannot keep its promise.
     """
@@ -72,8 +74,10 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             check_engine(method, self.engine)
             widen(self.model)
             engine.make_ready(self.accelerator, self.model)
+            visit_idle(self.model)
             _guard_tower(self.model, self.data_collator, self.processing_class)
             self.tries_largest = self.args.device.type != "cpu"
+            self.measured: Batches | None = None
             self.truth = Truth(self)
             self.add_callback(self.truth)
 
@@ -111,8 +115,10 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
                 model, self.task, self.memory, self.batches(), engine.sum_over_ranks
             )
 
-        def batches(self) -> "Calibration":
+        def batches(self) -> Batches:
             """This rank's share of a fixed seeded selection of the training data, collated."""
+            if self.measured is not None:
+                return self.measured
             return Calibration(
                 self.train_dataset,
                 self.data_collator,
@@ -161,21 +167,19 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             self.truth.look(inputs)
             self.method.before_forward(self.bare_model(), inputs, self.memory)
-            has_term = type(self.method).loss is not Method.loss
             # Outputs that nobody reads are not asked for: TRL would make a second forward for them.
-            asks = return_outputs or has_term
+            asks = return_outputs or type(self.method).loss is not Method.loss
             found = super().compute_loss(
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
             )
             loss, outputs = found if asks else (found, None)
-            if has_term:
-                loss = loss + self.term(inputs, outputs, num_items_in_batch)
+            loss = loss + self.term(inputs, outputs, num_items_in_batch)
             self._refuse_no_number(loss)
             return (loss, outputs) if return_outputs else loss
 
         def term(self, inputs, outputs, num_items_in_batch=None) -> Tensor | float:
             """What the method adds to the loss of a micro-batch."""
-            extra = self.method.loss(self.bare_model(), inputs, outputs, self.memory)
+            extra = self.method.term(self.bare_model(), inputs, outputs, self.memory)
             if extra is None:
                 return 0.0
             if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
@@ -253,6 +257,7 @@ def learning(
     check_engine(method, engine.name(accelerator))
     check_wide(bare)
     engine.make_ready(accelerator, bare)
+    visit_idle(bare)
     _guard_tower(bare, loader.collate_fn)
     # Of the loader only what it draws from: iterating it would advance its random state.
     batches = Calibration(
@@ -265,7 +270,7 @@ def learning(
     def term(inputs: dict[str, Tensor], outputs: object) -> Tensor | float:
         trial.judge()
         trial.look(inputs)
-        extra = method.loss(bare, inputs, outputs, memory)
+        extra = method.term(bare, inputs, outputs, memory)
         return 0.0 if extra is None else extra
 
     def meet(model: nn.Module, args: tuple, inputs: dict[str, Tensor]) -> None:

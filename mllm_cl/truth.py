@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from mllm_cl import engine
+from mllm_cl.model.idle import idle
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import guards
 from mllm_cl.model.tower import Sees, guard_picture
@@ -48,8 +49,8 @@ class Trial:
 
     Exempt is what has no way to move: a guard that lets nothing through or whose experts all rest,
     a mixture whose resting experts leave the routing or in which one expert answers, experts that
-    are modules of their own (they may meet no token for a while), and everything outside the
-    language model as long as no batch had a picture.
+    are modules of their own (they may meet no token for a while), and as long as no batch had a
+    picture everything outside the language model, and experts that no token was meant for.
 
     Nothing is gathered: each process compares a sum of bits of what it keeps, and one sum over the
     processes says whether any of them moved. Runs of fewer steps, and of a learning rate of zero,
@@ -232,6 +233,8 @@ def _exempt(model: nn.Module, names: list[str], *, seen: bool) -> set[str]:
     found = {name for name in names if name.startswith(tuple(heads))}
     whole = None if seen else _sees(model)
     if whole is not None:
+        waiting = tuple(f"{path}." for path in idle(model))
+        found |= {name for name in names if name.startswith(waiting)}
         heard = {id(weight) for weight in whole.get_decoder().parameters()}
         found |= {name for name in names if id(model.get_parameter(name)) not in heard}
     return found

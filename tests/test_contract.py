@@ -60,7 +60,7 @@ class Case:
         return isinstance(self.method, Tuned) and self.method.num_experts > 0
 
 
-CASES = [Case(name) for name in names() if load_method(name).setting == "instruction"]
+CASES = [Case(name) for name in names("instruction")]
 CASES += [Case(name, tuple(settings.items())) for name, settings in MORE]
 LEARNING = [
     case for case in CASES if case.method.train_set(toy_tasks()[0], Memory(), ()) is not None
@@ -106,7 +106,7 @@ def stories(tiny_folder) -> dict[Case, Story]:
 
 
 def test_every_method_of_the_package_is_a_case():
-    assert {case.name for case in CASES} == set(names())
+    assert {case.name for case in CASES} == set(names("instruction"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

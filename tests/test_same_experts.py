@@ -2,18 +2,21 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mllm_cl import Memory
+from mllm_cl import Memory, Recipe, run
 from mllm_cl.drift.expert_moments import ExpertMoments
 from mllm_cl.methods.instruction.same import Same
 from mllm_cl.model.expert_lora import adapted, stacks
 from mllm_cl.model.surgery import installed_on
 from mllm_cl.model.watch_experts import LayerWatch, expert_moments
+from test_runner import recipe
 from toy_run import collator_of, learn, load, logits, toy_tasks
 
 METHOD = {
@@ -262,3 +265,28 @@ def test_settings_and_models_that_do_not_fit_are_refused(tiny_folder):
     folder = tiny_folder["llava"]
     with pytest.raises(ValueError, match="has none"):
         learn(load(folder), folder, Same(**METHOD | {"router": "frozen"}), toy_tasks()[0], Memory())
+
+
+def test_a_run_says_what_its_bases_leave_out(tiny_folder, tmp_path, capfd):
+    method = {"name": "same", "experts": "lora", "num_experts": 0, "expert_rank": 4}
+    written = recipe(tmp_path, tiny_folder[KIND], retain=[])
+    tree = yaml.safe_load(written.read_text())
+    tree["method"], tree["model"]["lora_target_modules"] = method, []
+    tree["tasks"], tree["training"]["max_steps"] = tree["tasks"][:1], 3
+    written.write_text(yaml.safe_dump(tree))
+    run(Recipe.load(written))
+    folder = tmp_path / "run" / "task_1"
+    memory = Memory.load(folder / "memory.safetensors")
+    told = json.loads((folder / "manifest.json").read_text())["captured"]
+    assert len(told) == 6  # two stacks in each of three layers
+    shares = []
+    for source, row in told.items():
+        state = {k: v.double() for k, v in memory.under(f"same/experts/{source}").items()}
+        used = state["count"] > 0
+        share_E = (state["gram"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["trace"])[used]
+        assert row["min"] == pytest.approx(share_E.min().item(), rel=1e-5)
+        assert row["median"] == pytest.approx(share_E.median().item(), rel=1e-5)
+        shares += share_E.tolist()
+    lines = [line for line in capfd.readouterr().out.splitlines() if "bases of 6 stacks" in line]
+    assert len(lines) == 1 and f"at least {min(shares):.1%} (" in lines[0]
+    assert f"hold {torch.tensor(shares).median():.1%} of what entered an expert" in lines[0]

@@ -116,12 +116,16 @@ class _Eye:
         return chosen[: number * self._count]
 
     def _see_layer(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not args[0].numel():  # a visit to idle experts
+            return
         input_TD, output_TO = _flat(args[0]), _flat(output)
         rows = self._rows(path, len(input_TD), KEPT).to(input_TD.device)
         self._add("inputs", path, input_TD[rows].float())
         self._add("energy", path, output_TO[rows].float().square().sum(-1))
 
     def _see_router(self, path: str, router: nn.Module, args: tuple, output: object) -> None:
+        if not args[0].numel():
+            return
         input_TD = _flat(args[0])
         rows = self._rows(path, len(input_TD), ROUTED).to(input_TD.device)
         self._add("routing", path, router_logits(router, input_TD[rows]).softmax(-1).half())

@@ -3,18 +3,25 @@
 T tokens (any number of leading dimensions), E experts, K experts of one token.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
+from mllm_cl.drift.balance import load_balance
 from mllm_cl.drift.covariance import recomputing
 from mllm_cl.model import anatomy
 from mllm_cl.model.adapt import resting_experts
 from mllm_cl.model.moe_lora import Router
 from mllm_cl.model.penalty import check_graph
+from mllm_cl.model.surgery import installed_on
+from mllm_cl.model.tokens import Tokens
+from mllm_cl.model.walk import walk
 
 _TOP_K = (torch.topk, Tensor.topk)
 
@@ -25,7 +32,7 @@ def all_routers(model: nn.Module) -> dict[str, nn.Module]:
     found = anatomy.routers(model) | mixtures
     if not found:
         raise ValueError(
-            f"the method holds what routers do, but {type(model).__name__} has none. Set "
+            f"what routers do is to be held or balanced, but {type(model).__name__} has none. Set "
             "num_experts to two or more for a routed mixture of LoRA experts, or choose a model "
             "with experts of its own."
         )
@@ -35,14 +42,47 @@ def all_routers(model: nn.Module) -> dict[str, nn.Module]:
 # What routers say
 
 
-def listen(model: nn.Module) -> None:
-    """Let every router keep the logits of its last forward, for `heard`. Comes before the guards:
-    inside of theirs, a router reads its effective weight.
+@dataclass(frozen=True)
+class Said:
+    """The logits (N, E) of the rows that a router was handed, in their graph. `token_N` is which of
+    the batch's tokens they are, None where they are no tokens or no mask is there to count by;
+    `top_k` how many experts each chooses, None: all answer.
     """
-    for router in all_routers(model).values():
-        if "said_TE" not in vars(router):
-            router._deaf_forward, router.said_TE = router.forward, None
-            router.forward = MethodType(_listening_forward, router)
+
+    logits_NE: Tensor
+    token_N: Tensor | None
+    top_k: int | None
+
+
+def listen(model: nn.Module) -> None:
+    """Let every router keep what it says in a forward, for `heard`. Comes before the guards: inside
+    of theirs, a router reads its effective weight.
+    """
+    found = all_routers(model)
+    if all("said" in vars(router) for router in found.values()):
+        return
+    top_k = {path: moe.top_k for path, moe in resting_experts(model).items()}
+    top_k |= anatomy.top_k(model)
+    # Not all reach every router: what one said to another batch would pass for this one's.
+    model.register_forward_pre_hook(_forget)
+    tokens = Tokens(model, anatomy.routers(model))
+    for path, router in found.items():
+        router._deaf_forward, router.said = router.forward, None
+        router.ear = _Ear(path, tokens, top_k[path])
+        router.forward = MethodType(_listening_forward, router)
+
+
+@dataclass(frozen=True)
+class _Ear:
+    path: str
+    tokens: Tokens
+    top_k: int | None
+
+
+def _forget(model: nn.Module, args: tuple) -> None:
+    for module in model.modules():
+        if "said" in vars(module):
+            module.said = None
 
 
 def _listening_forward(self: nn.Module, *args, **kwargs):
@@ -50,21 +90,60 @@ def _listening_forward(self: nn.Module, *args, **kwargs):
     output = self._deaf_forward(*args, **kwargs)
     said_TE = output if isinstance(self, Router) else anatomy.logits(self, args[0])
     # A recompute has to do the same work, but comes after its forward was listened to.
-    if not recomputing():
-        self.said_TE = said_TE
+    if not recomputing() and said_TE.numel():
+        token_N = self.ear.tokens.index_of(self.ear.path, args[0].detach())
+        self.said = Said(said_TE.flatten(0, -2), token_N, self.ear.top_k)
     return output
 
 
-def heard(model: nn.Module) -> dict[str, Tensor]:
-    """The logits (T, E) of the last forward by router, in its graph; forgotten with this call.
+def heard(model: nn.Module) -> dict[str, Said]:
+    """What each router said in the last forward; a router that no token reached is left out."""
+    return {
+        path: module.said
+        for path, module in model.named_modules()
+        if vars(module).get("said") is not None
+    }
 
-    A router that no token reached has none.
+
+def listen_for_balance(model: nn.Module, training: Iterable[nn.Module]) -> None:
+    """`listen`, and switch off the balancing loss that the model would add by itself.
+
+    ValueError where none of the routers that are to train chooses among experts.
     """
-    found = {}
-    for path, module in model.named_modules():
-        if vars(module).get("said_TE") is not None:
-            found[path], module.said_TE = module.said_TE.flatten(0, -2), None
-    return {path: said_TE for path, said_TE in found.items() if len(said_TE)}
+    listen(model)
+    if not any(router.ear.top_k for router in training):
+        raise ValueError(
+            "router_aux_loss_coef balances which experts are chosen, but where routers train all "
+            "LoRA experts answer. Set top_k to less than num_experts, or leave it out."
+        )
+    for _, module, _ in walk(model):
+        if isinstance(module, PreTrainedModel) and vars(module.config).get("output_router_logits"):
+            module.config.output_router_logits = False
+            warnings.warn(
+                f"{type(module).__name__} would add a balancing loss of its own "
+                "(output_router_logits in its config), beside router_aux_loss_coef: switched off",
+                stacklevel=2,
+            )
+
+
+def imbalance(model: nn.Module, mask_BT: Tensor | None) -> Tensor | None:
+    """The mean over routers that train of `load_balance` on the last forward; None: none was heard.
+
+    transformers' own loss adds up the layers first, where opposite imbalances cancel, and several
+    families have none. Each process balances its own micro-batch, as there.
+    """
+    losses = []
+    for path, said in heard(model).items():
+        if said.top_k is None or not _trains(model.get_submodule(path)):
+            continue
+        known = mask_BT is not None and said.token_N is not None
+        mask_N = mask_BT.reshape(-1).bool()[said.token_N] if known else None
+        losses.append(load_balance(said.logits_NE, said.top_k, mask_N=mask_N))
+    return torch.stack(losses).mean() if losses else None
+
+
+def _trains(router: nn.Module) -> bool:
+    return router._parameters["weight"].requires_grad or "weight" in installed_on(router)
 
 
 # What they choose

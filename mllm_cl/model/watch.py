@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mllm_cl import engine
 from mllm_cl.drift.activation import ExpertUsage
 from mllm_cl.drift.covariance import CovarianceTracker, recomputing
-from mllm_cl.model.anatomy import logits
+from mllm_cl.model.anatomy import logits, recorded_routers
 from mllm_cl.model.expert_lora import ExpertLoRA, Rows, adapted
-from mllm_cl.model.linears import vision_names
 from mllm_cl.model.surgery import installed_on
+from mllm_cl.model.tokens import Tokens
 from mllm_cl.model.tower import guard_picture
 
 # What becomes of rows that enter an expert's stack: (source, input_ND, rows, mask_N).
@@ -54,11 +54,13 @@ class Watch:
         self.trackers: dict[str, CovarianceTracker] = {}
         self.use: dict[str, ExpertUsage] = {}
         self.source_of: dict[str, str] = {}
-        self._watched, self._unmasked = sorted(modules), vision_names(model)
+        self._watched = sorted(modules)
         self._guard_picture = guard_picture(model)
-        self._forwards, self._mask = 0, None
+        self._forwards = 0
+        self._dense = {path for path, lora in adapted(model).items() if lora.layout.scales_input}
+        self._tokens = Tokens(model, recorded_routers(model))
         self._seen: dict[tuple, tuple[StorageWeakRef, str]] = {}
-        self._handles = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._handles = [model.register_forward_pre_hook(self._enter)]
         for path, module in modules.items():
             self._handles.append(module.register_forward_pre_hook(self._input_hook(path)))
         for path, module in (routers or {}).items():
@@ -73,10 +75,18 @@ class Watch:
     def observe(self, path: str, lora: ExpertLoRA, gather: Gather) -> None:
         """Hand on what enters both stacks of an experts module, called `path.STACK`."""
 
+        mask_T: Tensor | None = None
+
+        def enter(module: nn.Module, args: tuple) -> None:
+            nonlocal mask_T
+            mask_T = self._tokens.mask if path in self._dense else self._mask_for(path, args[0])
+
         def observer(name: str, input_ND: Tensor, rows: Rows) -> None:
             if self._counts():
-                gather(f"{path}.{name}", input_ND, rows, self._mask_rows(path, rows))
+                mask_N = None if mask_T is None else mask_T[rows.token_N]
+                gather(f"{path}.{name}", input_ND, rows, mask_N)
 
+        self._handles.append(lora.layout.module.register_forward_pre_hook(enter))
         lora.observer = observer
         self._observed.append(lora)
 
@@ -85,7 +95,7 @@ class Watch:
 
         def hook(module: nn.Module, args: tuple) -> None:
             if self._counts():
-                gather(path, args, self._mask_for(path, _tokens_in(args[0])))
+                gather(path, args, self._mask_for(path, args[0]))
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -94,6 +104,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._tokens.close()
         for lora in self._observed:
             lora.observer = None
         self._observed.clear()
@@ -144,8 +155,7 @@ class Watch:
     def _num_tokens(self, path: str) -> float:
         return float(self.trackers[self.source_of[path]].count) if path in self.source_of else 0.0
 
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._mask = kwargs.get("attention_mask")
+    def _enter(self, model: nn.Module, args: tuple) -> None:
         self._on = self._forwards % self.every == 0
         self._forwards += 1
 
@@ -155,12 +165,11 @@ class Watch:
         return self._on and not shown and not recomputing()
 
     def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
-        self._mask = None
         self._seen.clear()
 
     def _input_hook(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
-            if self._counts():
+            if self._counts() and args[0].numel():  # or a visit to idle experts
                 self._count(path, args[0])
 
         return hook
@@ -170,9 +179,8 @@ class Watch:
         if path not in self.source_of:
             self._join(path, keeper, input_TD.shape[-1])
         if self.source_of[path] == path:
-            self.trackers[path].update(
-                input_TD.detach(), mask_T=self._mask_for(path, _tokens_in(input_TD))
-            )
+            input_TD = input_TD.detach()
+            self.trackers[path].update(input_TD, mask_T=self._mask_for(path, input_TD))
 
     def _keeper(self, path: str, input_TD: Tensor) -> str:
         """The first module of this forward that was handed the very same tensor."""
@@ -185,31 +193,23 @@ class Watch:
         self._seen[key] = (StorageWeakRef(input_TD.untyped_storage()), path)
         return path
 
-    def _mask_for(self, path: str, num_tokens: int) -> Tensor | None:
-        # A vision tower sees patches: no padding, even if they are as many as the text's tokens.
-        if self._mask is None or self._mask.dim() != 2 or path in self._unmasked:
-            return None
-        return self._mask.bool() if self._mask.numel() == num_tokens else None
-
-    def _mask_rows(self, path: str, rows: Rows) -> Tensor | None:
-        """The mask of the tokens that rows stand for."""
-        mask = self._mask_for(path, rows.num_tokens)
-        return None if mask is None else mask.reshape(-1)[rows.token_N]
+    def _mask_for(self, path: str, input_TD: Tensor) -> Tensor | None:
+        if path not in self._dense:
+            return self._tokens.mask_of(path, input_TD)
+        # Every expert is handed all tokens, scaled by its weight for them: mostly by zero.
+        chosen_N, mask_T = input_TD.any(-1).flatten(), self._tokens.mask
+        if mask_T is None:
+            return chosen_N
+        return chosen_N & mask_T.repeat(len(chosen_N) // len(mask_T))
 
     def _router_hook(self, path: str):
         def hook(router: nn.Module, args: tuple, output: object) -> None:
             if self._counts():
                 input_TD = args[0].detach().reshape(-1, args[0].shape[-1])
                 weight_TE = router_logits(router, input_TD).softmax(-1)
-                self.use[path].update(
-                    weight_TE, input_TD, mask_T=self._mask_for(path, _tokens_in(input_TD))
-                )
+                self.use[path].update(weight_TE, input_TD, mask_T=self._mask_for(path, input_TD))
 
         return hook
-
-
-def _tokens_in(input_TD: Tensor) -> int:
-    return input_TD.shape[:-1].numel()
 
 
 @torch.no_grad()
@@ -260,4 +260,6 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> object:
     """The model's output for a collated batch, without its labels, on the model's own device."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    return model(**inputs, use_cache=False)
+    if "input_ids" in inputs:  # a language model would keep keys and values for more tokens
+        inputs["use_cache"] = False
+    return model(**inputs)

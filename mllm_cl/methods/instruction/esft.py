@@ -68,8 +68,8 @@ class ESFT(Tuned):
             for one in installed_on(found[path].module).values():
                 one.active_E = active_E.float().to(one.displacement.device)
 
-    def forecast_bytes(self, model: nn.Module) -> int:
-        return sum(one.num_experts for one in experts(model).values())
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
+        return num_tasks * sum(one.num_experts for one in experts(model).values())
 
 
 def best(score_E: Tensor, share: float) -> Tensor:

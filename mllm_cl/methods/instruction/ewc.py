@@ -45,7 +45,7 @@ class EWC(Displaced):
                 "least one sample."
             )
 
-    def forecast_bytes(self, model: nn.Module) -> int:
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
         return 8 + sum(4 * one.displacement.numel() for one in guards(model).values())
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:

@@ -50,6 +50,7 @@ class OLoRA(Tuned):
         # What comes before the first task trains nothing, and is handed on to the first.
         sites = [self._sites_of(model, number) for number in range(1, max(1, task.index) + 1)][-1]
         native = router_sites(model) if self.train_router else []
+        self.listen(model, native)
         only_train(model, [site.weight for site in (*sites, *native)])
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Tensor], memory: Memory) -> None:

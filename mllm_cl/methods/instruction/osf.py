@@ -43,7 +43,7 @@ class OSF(Method):
     def trains_base(self) -> bool:
         return True
 
-    def forecast_bytes(self, model: nn.Module) -> int:
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
         return sum(4 * layer.base_layer.weight.numel() for layer in osf.layers(model).values())
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:

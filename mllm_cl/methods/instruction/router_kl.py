@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mllm_cl.drift.distil import divergence, token_share
 from mllm_cl.memory import Memory
 from mllm_cl.method import Displaced, Rehearsing
-from mllm_cl.model.linears import vision_names
-from mllm_cl.model.routing import heard, listen
+from mllm_cl.model.routing import Said, heard, listen
 from mllm_cl.model.teacher import incoming
 from mllm_cl.task import Task
 
@@ -42,17 +41,14 @@ class RouterKL(Displaced, Rehearsing):
     def rehearsal(self) -> bool:
         return self.buffer_bytes > 0
 
-    def forecast_bytes(self, model: nn.Module) -> int:
-        return Displaced.forecast_bytes(self, model) + Rehearsing.forecast_bytes(self, model)
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
+        counted = Displaced.forecast_bytes(self, model, num_tasks)
+        return counted + Rehearsing.forecast_bytes(self, model, num_tasks)
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         self.sites(model)  # puts mixtures in place, whose routers are listened to as well
         listen(model)
         super().before_task(model, task, memory)
-
-    def before_forward(self, model: nn.Module, inputs: dict[str, Tensor], memory: Memory) -> None:
-        """Forget what routers said to other batches: this one may not reach them all."""
-        heard(model)
 
     def loss(
         self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
@@ -62,21 +58,22 @@ class RouterKL(Displaced, Rehearsing):
         now = heard(model)
         incoming(model, inputs)
         before = heard(model)
-        share_BT, seeing = token_share(inputs["attention_mask"]), vision_names(model)
+        share_BT = token_share(inputs["attention_mask"])
         terms = [
-            divergence(
-                before[path], now_TE, _share(share_BT, len(now_TE), is_masked=path not in seeing)
-            )
-            for path, now_TE in now.items()
+            divergence(before[path].logits_NE, said.logits_NE, _share(share_BT, said))
+            for path, said in now.items()
             if path in before
         ]
         return self.strength * torch.stack(terms).mean()
 
 
-def _share(share_BT: Tensor, num_tokens: int, *, is_masked: bool) -> Tensor:
-    """What each of a router's tokens weighs: an image encoder's patches, which no mask counts, all
-    alike, even if they are as many as the text's tokens.
+def _share(share_BT: Tensor, said: Said) -> Tensor:
+    """What each of a router's rows weighs: an image encoder's patches, which no mask counts, all
+    alike; tokens of which a router gets some as in the batch, to a sum of 1.
     """
-    if is_masked and share_BT.numel() == num_tokens:
-        return share_BT.flatten()
-    return share_BT.new_full((num_tokens,), 1 / num_tokens)
+    if said.token_N is None:
+        return share_BT.new_full((len(said.logits_NE),), 1 / len(said.logits_NE))
+    share_N = share_BT.flatten()[said.token_N]
+    if len(share_N) == share_BT.numel():
+        return share_N
+    return share_N / share_N.sum().clamp_min(torch.finfo(share_N.dtype).tiny)

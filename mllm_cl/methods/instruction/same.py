@@ -102,24 +102,42 @@ class Same(Tuned):
             )
 
     @property
+    def trains_router(self) -> bool:
+        return super().trains_router and self.router != "frozen"
+
+    @property
     def runs_on(self) -> tuple[str, ...]:
         # The released averages are one process's own: ranks would decide differently.
         return ("single",) if self.activation == "released" else self.engines
 
-    def forecast_bytes(self, model: nn.Module) -> int:
-        """The moment of every guarded input, as if no two modules shared one."""
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
+        """The moment of every guarded input, as if no two modules shared one, and what is counted
+        of each task and of what is known before the first.
+        """
         met = [site for site in self._guarded(model) if site.role != "B"]
         widths = {site.source: engine.shape(site.weight)[-1] for site in met if not site.experts}
         moments = sum(
             4 * dim * sketch_width(dim, kept_rank(dim, self.rank)) for dim in widths.values()
         )
-        return moments + sum(self._expert_bytes(site) for site in met if site.experts)
+        moments += sum(self._expert_bytes(site) for site in met if site.experts)
+        used = sum(16 * number + 8 for number in _number_of_experts(model).values())
+        counted = (num_tasks + 1) * (8 * len(met) + used)
+        return moments + counted + used + sum(len(_module_of(site)) for site in met)
 
     def _expert_bytes(self, site: Site) -> int:
         """The basis, Grams, traces and counts of one stack."""
         dim, num_experts = engine.shape(site.weight)[-1], site.experts.num_experts
         rank = min(dim, self.expert_rank)
         return 4 * dim * rank + num_experts * (4 * rank * rank + 16)
+
+    def captured(self, memory: Memory) -> dict[str, Tensor]:
+        known = memory.under("same/experts")
+        sources = sorted(name.removesuffix("/basis") for name in known if name.endswith("/basis"))
+        found = {}
+        for source in sources:
+            one = ExpertMoments.from_state(memory.under(f"same/experts/{source}"))
+            found[source] = one.captured_E[one.count_E > 0]
+        return found
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """Put a guard on every weight that trains; what it allows is decided in `start_task`."""
