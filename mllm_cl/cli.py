@@ -18,6 +18,8 @@ from mllm_cl import __version__
 
 RUN_USAGE = """mllm-cl run RECIPE [--KEY VALUE ...] [--sweep KEY=A,B KEY=C,D [--cell N]]
        mllm-cl run RECIPE [--KEY VALUE ...] --dry-run [--launch FILE]"""
+ONE_RATE = """every method of this sweep trains at the learning rate and weight decay of the recipe,
+which suit the method it was written for; a fair table gives each its own (README, Many runs)"""
 RUN_NOTES = """--sweep runs every combination in a folder of its own, --cell only the N-th (from
 0), for job arrays; --dry-run says what would train and what it would take, under a launch file of
 accelerate, and loads no weights."""
@@ -179,17 +181,30 @@ def _do(arguments: argparse.Namespace, stopping) -> int:
         if value is not None and not needed:
             raise RecipeError(name, f"goes with --{'dry-run' if name == 'launch' else 'sweep'}")
     if axes:
+        if "method.name" in axes and "training.learning_rate" not in axes:
+            _tell(ONE_RATE)
         found = chosen(cells(arguments.recipe, words, axes), cell)
-        return _train([one.recipe for one in found], stopping)
-    recipe = Recipe.load(arguments.recipe, words)
-    if dry:
-        for note in recipe.notes:
-            _tell(note)
-        from mllm_cl.forecast import Launch, forecast, tell
+        recipes = [one.recipe for one in found]
+    else:
+        recipes = [Recipe.load(arguments.recipe, words)]
+    return _forecast(recipes, launch) if dry else _train(recipes, stopping)
 
+
+def _forecast(recipes: list, launch: str | None) -> int:
+    """Say what each recipe would take; trains nothing."""
+    from mllm_cl.forecast import Launch, forecast, tell
+
+    for recipe in recipes:
+        _announce(recipe, recipes)
         tell(forecast(recipe, Launch.read(launch) if launch else Launch()))
-        return 0
-    return _train([recipe], stopping)
+    return 0
+
+
+def _announce(recipe, recipes: list) -> None:
+    for note in recipe.notes:
+        _tell(note)
+    if len(recipes) > 1:
+        _tell(f"{recipes.index(recipe) + 1}/{len(recipes)} {recipe.output_dir}")
 
 
 def _taken(words: list[str], name: str) -> tuple[list[str], str | None]:
@@ -207,11 +222,8 @@ def _train(recipes: list, stopping) -> int:
     """Run recipes in turn; what is done is not done again."""
     from mllm_cl.runner import run
 
-    for number, recipe in enumerate(recipes):
-        for note in recipe.notes:
-            _tell(note)
-        if len(recipes) > 1:
-            _tell(f"{number + 1}/{len(recipes)} {recipe.output_dir}")
+    for recipe in recipes:
+        _announce(recipe, recipes)
         run(recipe, stopping)
     return 0
 
@@ -244,7 +256,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     from mllm_cl.data.check import check
-    from mllm_cl.runner import processor_of
+    from mllm_cl.settings.instruction import processor_of
 
     return check(recipe, processor_of(recipe))
 

@@ -31,7 +31,8 @@ from mllm_cl.model.merge import merge
 from mllm_cl.model.precision import widen
 from mllm_cl.model.surgery import fold, guards, restore_state
 from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
-from mllm_cl.runner import hush, processor_of, tasks_of
+from mllm_cl.runner import hush
+from mllm_cl.settings.instruction import processor_of, tasks_of
 from mllm_cl.stage import Stage, complete_stage
 from mllm_cl.task import Task
 
@@ -129,8 +130,9 @@ def _check_form(form: str, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
         raise _refused(
             form,
             f"{len(whole)} weights moved themselves ({weight} is the first): a LoRA file holds no "
-            "router and no whole weight. Export merged, or train adapters alone "
-            "('train_router: false', 'use_peft: true')",
+            "router and no whole weight. Export merged, or train adapters alone: "
+            "'model.use_peft: true', 'method.train_router: false' and, for same, "
+            "'method.router: frozen'",
         )
     if not state:
         raise _refused(form, f"{recipe.method_name} has trained nothing here. Export merged")

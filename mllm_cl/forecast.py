@@ -3,6 +3,7 @@ built on the meta device, where tensors have shapes and no memory.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -20,9 +21,10 @@ from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.load import empty_model
 from mllm_cl.model.surgery import guards
 from mllm_cl.recipe import Recipe, RecipeError
-from mllm_cl.runner import processor_of, tasks_of
+from mllm_cl.settings.instruction import processor_of, tasks_of
 from mllm_cl.task import TaskSequence
 
+FEW = 20  # optimizer steps. ours
 PROBED = 16  # samples of each task whose lengths are looked at
 
 
@@ -82,6 +84,7 @@ class Forecast:
     device_bytes: Mapping[str, int]
     kept_bytes: int
     longest: int
+    steps: Mapping[str, int]  # of each task
     notes: tuple[str, ...] = field(default=())
 
 
@@ -114,9 +117,21 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
         },
         launch=launch,
         device_bytes=_device_bytes(recipe, launch, model, longest, saved),
-        kept_bytes=recipe.method.forecast_bytes(model),
+        kept_bytes=recipe.method.forecast_bytes(model, len(sequence)),
         longest=longest,
+        steps={task.name: _steps(recipe, launch, len(task.train)) for task in sequence},
     )
+
+
+def _steps(recipe: Recipe, launch: Launch, samples: int) -> int:
+    """Optimizer steps for a task of so many samples, what a method adds to them left out."""
+    training = recipe.training
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    size = training.get("per_device_train_batch_size", 8) * launch.num_processes
+    batches = -(-samples // size)
+    an_epoch = -(-batches // training.get("gradient_accumulation_steps", 1))
+    return math.ceil(an_epoch * training.get("num_train_epochs", 3))
 
 
 def _saved(recipe: Recipe, launch: Launch, model: nn.Module) -> int:
@@ -195,6 +210,11 @@ def tell(found: Forecast) -> None:
         table.add_row(name, human(size))
     table.add_row("together", human(sum(found.device_bytes.values())), style="bold")
     console.print(table)
+    told = ", ".join(f"{name} {number}" for name, number in found.steps.items())
+    print(f"optimizer steps: {told}")
+    few = [name for name, number in found.steps.items() if number < FEW]
+    if few:
+        print(f"fewer than {FEW} steps seldom teach anything: {', '.join(few)}")
     print(f"longest sample looked at: {found.longest} tokens")
     print(f"kept between tasks: at most {human(found.kept_bytes)}")
 

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -22,7 +23,9 @@ from mllm_cl.data.policy import skipped
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer, row
 from mllm_cl.memory import Memory
-from mllm_cl.metrics.scores import ZERO_SHOT, table
+from mllm_cl.metrics.scores import CONSTANT, ZERO_SHOT, table
+from mllm_cl.metrics.stages import COUNTS
+from mllm_cl.metrics.stages import summary as stages_summary
 from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.surgery import guards
 from mllm_cl.progress import unfinished
@@ -134,9 +137,9 @@ def state_file(path: Path) -> Path:
 
 def write(
     folder: Path, outcome: Outcome, *, recipe: Recipe, sequence: TaskSequence, stage: int
-) -> dict[str, float]:
+) -> dict[str, dict[str, Any]]:
     """Put a stage into its folder beside its state, the marker with all hashes last, and return its
-    scores.
+    row of each matrix.
     """
     path = stage_folder(folder, stage)
     outcome.memory.save(path / "memory.safetensors")
@@ -151,9 +154,10 @@ def write(
     checkpoint.drop(path)
     after = sequence[stage - 1].name if stage else ZERO_SHOT
     found = row((*sequence.retain, *sequence.tasks), outcome.answers)
+    found[COUNTS] = {name: len(rows) for name, rows in outcome.answers.items()}
     checkpoint.write_json(path / "scores.json", {"after": after} | found)
     checkpoint.mark(path)
-    return found["scores"]
+    return found
 
 
 def predictions(path: Path, name: str) -> Path:
@@ -195,6 +199,11 @@ def manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, objec
         "skipped": skipped_rows(sequence),
         "trained_parameters": sum(engine.shape(p).numel() for p in trainer.trained().values()),
         "memory_bytes": trainer.method.kept_bytes(trainer.memory),
+        "captured": {
+            source: {"min": float(share_E.min()), "median": float(share_E.median())}
+            for source, share_E in trainer.method.captured(trainer.memory).items()
+            if len(share_E)
+        },
     }
 
 
@@ -231,12 +240,15 @@ def scores_of(recipe: Recipe, folder: Path, stages: Sequence[int]) -> dict[str, 
     rows = [
         json.loads((stage_folder(folder, stage) / "scores.json").read_text()) for stage in stages
     ]
-    return table(
+    found = table(
         [block.name for block in recipe.tasks],
         [block.name for block in recipe.retain],
         rows,
         {block.supersedes: block.name for block in recipe.tasks if block.supersedes},
     )
+    if recipe.classes is not None:
+        found["summary"] |= stages_summary(rows)
+    return found
 
 
 def tell_other_batch(folder: Path, before: int, arguments: TrainingArguments) -> None:
@@ -274,16 +286,43 @@ def _console():
     return Console(width=None if sys.stdout.isatty() else 100)
 
 
+def tell_what_is_captured(shares: Mapping[str, Tensor]) -> None:
+    """Print how much of what entered the experts is in the bases that those of a stack share."""
+    shares = {source: share_E for source, share_E in shares.items() if len(share_E)}
+    if shares:
+        every = torch.cat(list(shares.values()))
+        least = min(shares, key=lambda source: float(shares[source].min()))
+        held = f"{every.median():.1%} of what entered an expert (median)"
+        print(
+            f"     the bases of {len(shares)} stacks of experts hold {held}, at least "
+            f"{every.min():.1%} ({least}); the rest counts as isotropic",
+            flush=True,
+        )
+
+
+def tell_what_was_not_learnt(name: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Print that a task's score is no better than one constant answer's."""
+    score, constant = found["scores"].get(name), found[CONSTANT].get(name)
+    if score is not None and score <= constant:
+        print(
+            f"     {name} scores {score:.3f}; giving the most common answer every time scores "
+            f"{constant:.3f}: it was not learnt. More steps, or another learning rate?",
+            flush=True,
+        )
+
+
 def tell_what_held(found: Mapping[str, Mapping[str, float]]) -> None:
     """Print how much the guards forbade, and how much of the step went there all the same."""
     forbidding = [row for row in found.values() if row["occupancy"] > 0]
     if forbidding:
         occupancy = sum(row["occupancy"] for row in forbidding) / len(forbidding)
         leak = max(row["leak"] for row in forbidding)
-        number = (
-            f"{len(forbidding)} of {len(found)} guards forbade {occupancy:.0%} of their directions"
+        number = f"{len(forbidding)} of {len(found)} guarded weights"
+        print(
+            f"     what is known closes {occupancy:.0%} of the input directions of {number}; at "
+            f"most {leak:.0e} of this task's step lies there",
+            flush=True,
         )
-        print(f"     {number}; at most {leak:.0e} of a step lies there", flush=True)
     shut = [path for path, row in found.items() if row["occupancy"] == 1]
     if shut:
         print(

@@ -15,26 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mllm_cl import checkpoint, drifts, engine, record, tracking
+from mllm_cl import checkpoint, engine, record, tracking
 from mllm_cl.cost import Cost
-from mllm_cl.data import fingerprint, read
-from mllm_cl.data.chat import ChatCollator
-from mllm_cl.data.lengths import Lengths
-from mllm_cl.data.policy import for_scoring, for_training
-from mllm_cl.evaluate import Answer, answers
 from mllm_cl.memory import Memory, load_tensors, save_tensors
-from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.scores import ZERO_SHOT
 from mllm_cl.model import four_bit
-from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.model.surgery import restore_state, trained_state
-from mllm_cl.progress import Progress, digest, unfinished
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.reload import check_reload
 from mllm_cl.report import draw, show
+from mllm_cl.settings import Place, setting_of
 from mllm_cl.stopping import Stopped, Stopping
 from mllm_cl.task import Sample, Task, TaskSequence
 from mllm_cl.trainer import check_engine, continual
@@ -60,13 +53,14 @@ def run(recipe: Recipe, stopping: Stopping | None = None) -> Path:
             recipe.save(folder / "recipe.yaml")
             draw(scores, folder / "scores.png")
             show(scores)
+            print(f"in {folder}; mllm-cl report {folder} draws it", flush=True)
         engine.barrier()
     return folder
 
 
 def _stages(recipe: Recipe, watchdog: Watchdog, stopping: Stopping | None) -> list[int]:
     """Do the stages that are not done, and return the numbers of all."""
-    sequence = tasks_of(recipe)
+    sequence = setting_of(recipe).tasks_of(recipe)
     stages = [0, len(sequence)] if recipe.method.trains_once else list(range(len(sequence) + 1))
     for before, stage in zip([None, *stages], stages, strict=False):
         if not record.is_done(recipe, Path(recipe.output_dir), stage):
@@ -84,7 +78,7 @@ def measure(recipe: Recipe, path: Path) -> Memory:
     """
     hush()
     with _watchdog(recipe) as watchdog, tempfile.TemporaryDirectory() as folder:
-        sequence, memory = tasks_of(recipe), _incoming(recipe)
+        sequence, memory = setting_of(recipe).tasks_of(recipe), _incoming(recipe)
         trainer, _ = _trainer(recipe, sequence, 0, Path(folder), memory)
         watchdog.follow(trainer.model)
         trainer.prepare_for_evaluation()
@@ -124,35 +118,6 @@ def _quiet() -> bool:
     return not sys.stderr.isatty() or engine.rank() > 0
 
 
-def tasks_of(recipe: Recipe) -> TaskSequence:
-    """The tasks that a recipe names, with their data."""
-    lengths = Lengths(processor_of(recipe)) if recipe.data.max_length else None
-    tasks = [_task(block, n, recipe, lengths) for n, block in enumerate(recipe.tasks, start=1)]
-    retain = [_task(block, 0, recipe, lengths) for block in recipe.retain]
-    return TaskSequence(tuple(tasks), tuple(retain))
-
-
-def processor_of(recipe: Recipe):
-    """The processor of the recipe's model. RecipeError where there is none."""
-    try:
-        return load_processor(recipe.model)
-    except ValueError as error:
-        raise RecipeError("model", str(error)) from error
-
-
-def _task(block, index: int, recipe: Recipe, lengths: Lengths | None) -> Task:
-    train_size = None if index == 0 else block.train_size
-    try:
-        train = read(block.data, "train", train_size, recipe.seed, **block.args)
-        test = read(block.data, "test", block.eval_size, 0, **block.args)
-        train = for_training(train, recipe.data, lengths)
-        test = for_scoring(test, recipe.data, lengths)
-    except ValueError as error:
-        raise RecipeError(f"{block.name}.data", str(error)) from None
-    supersedes = None if index == 0 else block.supersedes
-    return Task(block.name, index, train, test, metric(block.metric), supersedes=supersedes)
-
-
 def _step(
     recipe: Recipe,
     sequence: TaskSequence,
@@ -164,7 +129,7 @@ def _step(
     """One stage: the folder of the stage before it, and the recipe, to its own folder; returns the
     engine that it ran on.
     """
-    folder, cost = Path(recipe.output_dir), Cost()
+    folder, cost, setting = Path(recipe.output_dir), Cost(), setting_of(recipe)
     path = record.stage_folder(folder, stage)
     watchdog.phase(LOADING)
     memory = (
@@ -179,11 +144,12 @@ def _step(
     trainer.add_callback(Steps(watchdog, trainer))
     if before:  # stage 0 trained nothing
         record.tell_other_batch(folder, before, trainer.args)
-    processor = trainer.data_collator.processor
+    place = Place(recipe, sequence, stage, trainer.data_collator, _quiet())
     earlier = {}
     if before is not None:
         earlier = load_tensors(record.state_file(record.stage_folder(folder, before)))
         restore_state(trainer.model, earlier)
+    trainer.measured = setting.measured(place, trainer.bare_model(), base)
     if stage == 0 and engine.rank() == 0:
         if recipe.model.load_in_4bit:
             record.tell_what_is_packed(trainer.model)
@@ -195,19 +161,10 @@ def _step(
     watchdog.phase("scoring")
     bare = trainer.bare_model()
     state = trained_state(bare, base)
-    made_by = f"{recipe.fingerprint(stage - 1)} {digest(state)}"
-    given = _score(recipe, _scored(sequence, stage), bare, processor, path, made_by)
+    given = setting.answers(place, bare, state)
     cost.lap("score")
     watchdog.phase("measuring drift")
-    drift = drifts.measure(
-        bare,
-        ChatCollator(processor),
-        (*sequence.retain, *sequence.tasks[:stage]),
-        [record.stage_folder(folder, one) for one in range(stage)],
-        state,
-        batch_size=recipe.eval.batch_size,
-        quiet=_quiet(),
-    )
+    drift = setting.drift(place, bare, state)
     cost.lap("drift")
     watchdog.phase(WRITING)
     _save_state(trainer, state, record.state_file(path))
@@ -222,13 +179,16 @@ def _step(
         log=trainer.state.log_history,
     )
     if engine.rank() == 0:
-        scores = record.write(folder, outcome, recipe=recipe, sequence=sequence, stage=stage)
-        told = "  ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        found = record.write(folder, outcome, recipe=recipe, sequence=sequence, stage=stage)
+        told = "  ".join(f"{name} {score:.3f}" for name, score in found["scores"].items())
         done = f"{stage}/{len(sequence)} {sequence[stage - 1].name if stage else ZERO_SHOT}"
         print(f"{done}: {told}  ({cost.total:.0f} s)", flush=True)
+        if stage and trainer.state.global_step:
+            record.tell_what_was_not_learnt(sequence[stage - 1].name, found)
         record.tell_what_held(outcome.held)
-        found = record.tracked(recipe, folder, stage, outcome)
-        tracking.send(found, trainer.args.report_to, folder, stage)
+        record.tell_what_is_captured(recipe.method.captured(memory))
+        values = record.tracked(recipe, folder, stage, outcome)
+        tracking.send(values, trainer.args.report_to, folder, stage)
     engine.barrier()
     _release(trainer)
     return trainer.engine
@@ -250,11 +210,7 @@ def _trainer(
     weights.
     """
     arguments = _arguments(recipe, path)
-    try:
-        model = load_model(recipe.model)
-    except ValueError as error:
-        raise RecipeError("model", str(error)) from error
-    processor = processor_of(recipe)
+    model, collator = setting_of(recipe).load(recipe, sequence)
     base = {name for name, _ in model.named_parameters()}
     task, samples = _work(recipe, sequence, stage, memory)
     try:
@@ -262,7 +218,8 @@ def _trainer(
             model=model,
             args=arguments,
             train_dataset=samples,
-            data_collator=ChatCollator(processor),
+            data_collator=collator,
+            callbacks=setting_of(recipe).callbacks(collator),
             method=recipe.method,
             task=task,
             memory=memory,
@@ -344,7 +301,7 @@ def _train(trainer, stage: int, path: Path) -> None:
     samples = trainer.train_dataset
     if stage == 0 or samples is None:
         trainer.prepare_for_evaluation()
-        if stage == 0 and samples is not None:
+        if samples is not None or trainer.measured is not None:
             trainer.measure_task()
         return
     if engine.rank() == 0:
@@ -359,38 +316,6 @@ def _train(trainer, stage: int, path: Path) -> None:
         if engine.rank() == 0:
             print(f"{trainer.task.name}: going on from {latest[0]}", flush=True)
     trainer.train(resume_from_checkpoint=latest[0] if latest else None)
-
-
-def _scored(sequence: TaskSequence, stage: int) -> list[Task]:
-    """What a stage is scored on: what is retained, what was learnt, and the next task (forward
-    transfer).
-    """
-    tasks = sequence.tasks if stage == 0 else sequence.tasks[: stage + 1]
-    return [*sequence.retain, *tasks]
-
-
-def _score(
-    recipe: Recipe, tasks: Sequence[Task], model: nn.Module, processor, path: Path, made_by: str
-) -> dict[str, list[Answer]]:
-    """The answers of the model as it is now, by task. What a stage that was cut off had answered is
-    not asked again, if the same recipe and the same weights gave those answers.
-    """
-    return {
-        task.name: answers(
-            model,
-            processor,
-            task.eval,
-            batch_size=recipe.eval.batch_size,
-            max_new_tokens=recipe.eval.max_new_tokens,
-            progress=Progress(
-                unfinished(record.predictions(path, task.name)),
-                f"{made_by} {fingerprint(task.eval)}",
-            ),
-            name=task.name,
-            quiet=_quiet(),
-        )
-        for task in tasks
-    }
 
 
 def _release(trainer) -> None:

@@ -1,15 +1,18 @@
 """What a dry run says is what the run then does."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import yaml
 
-from mllm_cl.forecast import Launch, forecast
+from mllm_cl import Memory, load_method
+from mllm_cl.forecast import Launch, forecast, tell
 from mllm_cl.model.load import empty_model, load_model
-from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
 from mllm_cl.runner import run
+from toy_run import learn, load, toy_tasks
 
 SMALL = [
     "--tasks=[{name: dial, data: 'toy:dial', train_size: 32, eval_size: 4}]",
@@ -33,6 +36,19 @@ def test_what_a_dry_run_says_is_what_the_run_does(name, tmp_path):
     assert number == manifest["trained_parameters"]
     assert 0.3 * said.kept_bytes < manifest["memory_bytes"] <= 1.05 * said.kept_bytes
     assert said.device_bytes["Adam's moments"] == 8 * number
+
+
+def test_a_dry_run_counts_the_steps_of_each_task_and_says_which_are_few(capsys):
+    """32 samples: 4 batches of 8 on one process, 2 on two, 3 epochs each."""
+    recipe = small("quickstart", "--training.num_train_epochs=3")
+    alone, two = forecast(recipe, Launch()), forecast(recipe, Launch("ddp", 2))
+    assert (alone.steps, two.steps) == ({"dial": 12}, {"dial": 6})
+    tell(alone)
+    told = capsys.readouterr().out
+    assert "optimizer steps: dial 12" in told
+    assert "fewer than 20 steps seldom teach anything: dial" in told
+    tell(forecast(small("quickstart", "--training.max_steps=20"), Launch()))
+    assert "fewer" not in capsys.readouterr().out
 
 
 def test_an_empty_model_has_the_shapes_of_the_loaded_one_and_no_memory():
@@ -100,3 +116,45 @@ def test_a_launch_file_that_holds_no_keys_is_refused(text, tmp_path):
     path.write_text(text)
     with pytest.raises(RecipeError, match="no launch file"):
         Launch.read(path)
+
+
+KEEPING = [  # methods that keep something, with settings, and the tiny model that suits them
+    ("esft", {}, "qwen3-vl-moe"),
+    ("ewc", {}, "qwen3-vl-moe"),
+    ("ewc", {"num_experts": 4}, "llava"),
+    ("osf", {}, "qwen3-vl-moe"),
+    ("lwf", {}, "qwen3-vl-moe"),
+    ("router_kl", {"buffer_bytes": 0}, "qwen3-vl-moe"),
+    ("router_replay", {}, "qwen3-vl-moe"),
+    ("same", {}, "llava"),
+    ("same", {"num_experts": 0, "use_peft": False}, "qwen3-vl-moe"),
+    ("same", {"num_experts": 0, "experts": "lora", "expert_rank": 2, "rank": 4}, "qwen3-vl-moe"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "kind"), KEEPING, ids=str)
+def test_the_bytes_that_are_kept_after_three_tasks_are_forecast_to_a_twentieth(
+    name, settings, kind, tiny_folder
+):
+    folder, memory, (first, second) = tiny_folder[kind], Memory(), toy_tasks()
+    third = dataclasses.replace(first, name="third", index=3)
+    cls = load_method(name)
+    apart = {"lora_target_modules": ("q_proj", "o_proj"), "lora_r": 4}  # no two share an input
+    known = {k: v for k, v in apart.items() if k in cls.__dataclass_fields__ and name != "esft"}
+    method = cls(**known | settings, calibration_tokens=200)
+    empty = empty_model(ModelBlock(model_name_or_path=str(folder)))
+    method.before_task(empty, first, Memory())
+    said = method.forecast_bytes(empty, 3)
+    model = load(folder)
+    for task in (first, second, third):
+        learn(model, folder, method, task, memory, steps=1)
+    assert method.kept_bytes(memory) == pytest.approx(said, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["replay", "router_kl"])
+def test_a_buffer_is_forecast_as_full(name, tiny_folder):
+    folder, memory, (first, second) = tiny_folder["qwen3-vl-moe"], Memory(), toy_tasks()
+    method = load_method(name)(buffer_bytes=2**15, calibration_tokens=200)
+    empty = empty_model(ModelBlock(model_name_or_path=str(folder)))
+    learn(load(folder), folder, method, second, memory, steps=1, past=[first])
+    assert 2**14 < method.kept_bytes(memory) <= method.forecast_bytes(empty, 2)

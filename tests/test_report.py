@@ -20,7 +20,8 @@ from mllm_cl.report.costs import duration, size
 from mllm_cl.report.grids import at_the_end, by_layer, by_task, covariance, layers, over_stages
 from mllm_cl.report.interval import interval
 from mllm_cl.report.page import page
-from mllm_cl.report.series import over_time, round_up
+from mllm_cl.report.pictures import _draw_lines
+from mllm_cl.report.series import drifts, over_time, round_up
 from mllm_cl.report.words import told
 
 TASKS, RETAIN = ("dial", "bars", "dice"), ("digit",)
@@ -191,6 +192,14 @@ def test_a_line_counts_from_where_its_task_was_learnt(tmp_path):
     assert [one.start for one in tasks.series] == list(TASKS)
     assert tasks.series[1].values["dial"] == 0.1 and tasks.series[1].values["bars"] == 0.9
     assert known.series[0].start is None
+
+
+def test_pictures_of_drift_have_numbers_on_both_sides(tmp_path):
+    """Of a line without a point before its task matplotlib would make names instead."""
+    (group,) = read([make_run(tmp_path / "one")])
+    figure = _draw_lines(drifts([group]))
+    for axes in figure.axes:
+        assert axes.yaxis.get_units() is None
 
 
 def test_numbers_are_said_as_a_person_says_them():

@@ -260,10 +260,19 @@ def test_who_watches_sees_what_goes_on_between_the_steps(
         assert (words in told) == watched, told
 
 
+def test_a_task_that_is_no_better_than_one_constant_answer_is_told(capsys):
+    found = {"scores": {"dial": 0.17, "bars": 0.33}, "constant": {"dial": 0.17, "bars": 0.325}}
+    for name in ("dial", "bars"):
+        record.tell_what_was_not_learnt(name, found)
+    told = capsys.readouterr().out
+    assert "dial scores 0.170" in told
+    assert "bars" not in told
+
+
 def test_a_weight_that_can_learn_nothing_any_more_is_named(capsys):
     record.tell_what_held(
         {"gate": {"occupancy": 1.0, "leak": 0.0}, "q": {"occupancy": 0.5, "leak": 1e-7}}
     )
     told = capsys.readouterr().out
-    assert "2 of 2 guards forbade 75% of their directions" in told
+    assert "closes 75% of the input directions of 2 of 2 guarded weights" in told
     assert "1 of 2 weights have no direction left to learn in, such as gate" in told

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mllm_cl import cli
 from mllm_cl.recipe import RecipeError
 from mllm_cl.sweep import cells, chosen, split_sweep
 
@@ -61,4 +62,14 @@ def test_a_sweep_without_sense_is_refused(words):
 def test_every_cell_is_checked_before_any_runs(tmp_path):
     with pytest.raises(RecipeError, match="seed"):
         cells(RECIPE, [f"--output_dir={tmp_path}"], {"seed": ["0", "none"]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_sweep_tells_of_every_cell_and_trains_nothing(tmp_path, capsys):
+    words = [f"--output_dir={tmp_path}", "--sweep", "method.name=finetune,same", "--dry-run"]
+    assert cli.main(["run", RECIPE, *words]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("optimizer steps: dial") == 2
+    assert "2/2" in told.err
+    assert "suit the method it was written for" in told.err
     assert not list(tmp_path.iterdir())

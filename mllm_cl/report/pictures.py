@@ -90,7 +90,8 @@ def _lines(axes: Any, panel: Panel) -> None:
         halves = [one.halves.get(name, math.nan) for name in panel.names]
         xs = range(len(ys))
         before = [(x, y) for x, y in zip(xs, ys, strict=True) if x <= start and not math.isnan(y)]
-        axes.plot(*zip(*before, strict=True), ":", color=colour, linewidth=0.9)
+        if before:  # without points matplotlib would take ":" for a value
+            axes.plot(*zip(*before, strict=True), ":", color=colour, linewidth=0.9)
         axes.plot(xs[start:], ys[start:], "o" + dash, color=colour, markersize=3, label=one.label)
         band = [(y - half, y + half) for y, half in zip(ys, halves, strict=True)][start:]
         axes.fill_between(xs[start:], *zip(*band, strict=True), color=colour, alpha=0.15, lw=0)

@@ -18,6 +18,7 @@ from mllm_cl.report.words import NUMBERS
 HEAT = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
 INK = ("white", "white", "white", "white", "black", "black", "black")
 SHOWN = ("average", "forgetting", "backward_transfer", "retain_average", "objective")
+SHOWN += ("average_incremental", "last", "performance_drop")  # where classes come in stages
 SHOWN += ("adoption", "stale_answers", "collateral_forgetting")  # where answers were superseded
 
 
