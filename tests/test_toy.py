@@ -55,7 +55,7 @@ def test_handwritten_digits_of_the_test_split_were_never_drawn_in_training():
     from mllm_cl.data import toy
 
     labels = load_digits().target
-    pools = {split: toy._digit_pool(split) for split in ("train", "test")}
+    pools = {split: toy.digit_pool(split) for split in ("train", "test")}
     assert not set(pools["train"]) & set(pools["test"])
     assert sorted([*pools["train"], *pools["test"]]) == list(range(len(labels)))
     assert set(labels[pools["test"]]) == set(range(10))

@@ -34,15 +34,14 @@ def read(data: str, split: str, size: int | None, seed: int, **args: object) -> 
     from mllm_cl.data.source import open_samples
     from mllm_cl.data.source.reading import Reading
 
-    place = _filled(data)
-    if place != data and not Path(place).expanduser().exists():
-        problem = f"no such file or folder. The recipe has {data}: set that variable to its place"
-        raise DataError(problem, place)
-    return open_samples(place, split, size, Reading.of(args))
+    return open_samples(filled(data), split, size, Reading.of(args))
 
 
-def _filled(data: str) -> str:
-    """The path with `${NAME}` and `${NAME:-PLACE}` replaced, as a shell does."""
+def filled(data: str) -> str:
+    """The path with `${NAME}` and `${NAME:-PLACE}` replaced, as a shell does.
+
+    Raises DataError where nothing is at a place that was filled in.
+    """
 
     def value(found: re.Match) -> str:
         name, place = found["name"], found["place"]
@@ -51,17 +50,26 @@ def _filled(data: str) -> str:
             raise DataError(f"the environment has no {name}; set it to a folder", data)
         return text
 
-    return re.sub(r"\$\{(?P<name>\w+)(:-(?P<place>[^}]*))?\}", value, data)
+    place = re.sub(r"\$\{(?P<name>\w+)(:-(?P<place>[^}]*))?\}", value, data)
+    if place != data and not Path(place).expanduser().exists():
+        problem = f"no such file or folder. The recipe has {data}: set that variable to its place"
+        raise DataError(problem, place)
+    return place
 
 
 def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:
-    """16 hex digits of the length and of `probes` samples spread over the set, texts and pixels."""
+    """16 hex digits of the length and of `probes` samples spread over the set, words and pixels."""
     digest = hashlib.sha256(str(len(samples)).encode())
     for index in sorted(
         {round(k * (len(samples) - 1) / max(probes - 1, 1)) for k in range(probes)}
     ):
         sample = samples[index]
-        digest.update(json.dumps([str(sample["id"]), sample["messages"]]).encode())
+        digest.update(json.dumps([str(sample["id"]), _said(sample)]).encode())
         for image in sample["images"] or ():
             digest.update(image.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _said(sample: Sample) -> object:
+    """What belongs to the pictures of a sample: a conversation, or the name of a class."""
+    return sample["messages"] if "messages" in sample else sample["label"]

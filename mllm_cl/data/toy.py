@@ -40,7 +40,7 @@ def _paper(
     return image, ImageDraw.Draw(image)
 
 
-def _grainy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def grainy(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Sensor noise of +-6 levels: no two samples are the same picture."""
     pixels = np.asarray(image, dtype=np.int16) + rng.integers(-6, 7, (SIDE, SIDE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -55,9 +55,10 @@ def _turn(x: float, y: float, degrees: float, centre: tuple[float, float]) -> tu
     return centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos
 
 
-def _draw_shape(
+def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: Colour
 ) -> None:
+    """One of `SHAPES` around (x, y), reaching about r each way."""
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "square":
@@ -83,7 +84,7 @@ def _write(
 
 
 @cache
-def _handwriting() -> tuple[np.ndarray, np.ndarray]:
+def handwriting() -> tuple[np.ndarray, np.ndarray]:
     """1797 real handwritten digits (UCI, 8x8 grey levels 0..16) and their labels."""
     from sklearn.datasets import load_digits
 
@@ -91,18 +92,18 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     return bunch.images, bunch.target
 
 
-def _digit_pool(split: str) -> np.ndarray:
+def digit_pool(split: str) -> np.ndarray:
     """Which handwritten digits a split may draw.
 
     Every fifth is kept for testing, so that no stroke that is tested was ever trained on.
     """
-    held_out = np.arange(len(_handwriting()[1])) % 5 == 0
+    held_out = np.arange(len(handwriting()[1])) % 5 == 0
     return np.flatnonzero(held_out == (split == "test"))
 
 
 def _paint_digit(rng: np.random.Generator, answer: str, split: str) -> Image.Image:
-    images, labels = _handwriting()
-    pool = _digit_pool(split)
+    images, labels = handwriting()
+    pool = digit_pool(split)
     pool = pool[labels[pool] == int(answer)]
     ink = images[int(rng.choice(pool))] / 16 * 255
     side = int(rng.integers(48, 61))
@@ -118,14 +119,14 @@ def _paint_digit(rng: np.random.Generator, answer: str, split: str) -> Image.Ima
 def _paint_colour(rng: np.random.Generator, answer: str) -> Image.Image:
     image, draw = _paper(10, 50, rng)
     x, y, r = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(9, 18)
-    _draw_shape(draw, str(rng.choice(SHAPES)), x, y, r, COLOURS[answer])
+    draw_shape(draw, str(rng.choice(SHAPES)), x, y, r, COLOURS[answer])
     return image
 
 
 def _paint_shape(rng: np.random.Generator, answer: str) -> Image.Image:
     image, draw = _paper(10, 50, rng)
     x, y, r = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(10, 18)
-    _draw_shape(draw, answer, x, y, r, _any_colour(rng))
+    draw_shape(draw, answer, x, y, r, _any_colour(rng))
     return image
 
 
@@ -134,7 +135,7 @@ def _paint_count(rng: np.random.Generator, answer: str) -> Image.Image:
     fill = _any_colour(rng)
     for cell in rng.permutation(9)[: int(answer)]:
         x, y = 12 + 20 * (cell % 3) + rng.uniform(-3, 3), 12 + 20 * (cell // 3) + rng.uniform(-3, 3)
-        _draw_shape(draw, "circle", x, y, rng.uniform(5, 7), fill)
+        draw_shape(draw, "circle", x, y, rng.uniform(5, 7), fill)
     return image
 
 
@@ -147,7 +148,7 @@ def _paint_letter(rng: np.random.Generator, answer: str) -> Image.Image:
 def _paint_side(rng: np.random.Generator, answer: str) -> Image.Image:
     image, draw = _paper(10, 50, rng)
     x, y = _turn(rng.uniform(17, 23), rng.uniform(-12, 12), WAYS[answer], (32, 32))
-    _draw_shape(draw, str(rng.choice(SHAPES)), x, y, rng.uniform(5, 9), _any_colour(rng))
+    draw_shape(draw, str(rng.choice(SHAPES)), x, y, rng.uniform(5, 9), _any_colour(rng))
     return image
 
 
@@ -195,7 +196,7 @@ def _paint_dice(rng: np.random.Generator, answer: str) -> Image.Image:
     for cell in map(int, PIPS[int(answer)]):
         offset = half * 0.6
         x, y = _turn((cell % 3 - 1) * offset, (cell // 3 - 1) * offset, tilt, centre)
-        _draw_shape(draw, "circle", x, y, 4.2, (20, 20, 20))
+        draw_shape(draw, "circle", x, y, 4.2, (20, 20, 20))
     return image
 
 
@@ -209,7 +210,7 @@ def _paint_dial(rng: np.random.Generator, answer: str) -> Image.Image:
     )
     for mark in range(8):
         spot = _turn(25, 0, 45 * mark, centre)
-        _draw_shape(draw, "square", *spot, 1, (60, 60, 60))
+        draw_shape(draw, "square", *spot, 1, (60, 60, 60))
     angle = 45 * int(answer) - 90 + rng.uniform(-10, 10)
     tip, tail = _turn(rng.uniform(19, 24), 0, angle, centre), _turn(-4, 0, angle, centre)
     draw.line((*tail, *tip), fill=(190, 30, 30), width=4)
@@ -236,8 +237,8 @@ def _paint_size(rng: np.random.Generator, answer: str) -> Image.Image:
     other = str(rng.choice([name for name in COLOURS if name != answer]))
     large, angle = rng.uniform(14, 18), rng.uniform(0, 360)
     small = large / rng.uniform(1.5, 2.2)
-    _draw_shape(draw, "circle", *_turn(18, 0, angle, (32, 32)), large, COLOURS[answer])
-    _draw_shape(draw, "circle", *_turn(-20, 0, angle, (32, 32)), small, COLOURS[other])
+    draw_shape(draw, "circle", *_turn(18, 0, angle, (32, 32)), large, COLOURS[answer])
+    draw_shape(draw, "circle", *_turn(-20, 0, angle, (32, 32)), small, COLOURS[other])
     return image
 
 
@@ -248,7 +249,7 @@ def _paint_tiles(rng: np.random.Generator, answer: str) -> Image.Image:
     shift = rng.uniform(-6, 6, 2)
     for row in range(6):
         for column in range(6):
-            _draw_shape(
+            draw_shape(
                 draw, answer, column * step + shift[0], row * step + shift[1], r, (105, 70, 45)
             )
     return image
@@ -349,7 +350,7 @@ class ToyTask(Sequence):
                 {"role": "user", "content": asked},
                 {"role": "assistant", "content": [{"type": "text", "text": told}]},
             ],
-            "images": [_grainy(skill.paint(rng, answer), rng)],
+            "images": [grainy(skill.paint(rng, answer), rng)],
         }
 
 

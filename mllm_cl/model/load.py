@@ -53,7 +53,7 @@ def load_model(settings: ModelSettings) -> nn.Module:
     the weights: what it knows is then part of the base. In four bits, linears and experts are
     packed on the way (`four_bit`); frozen, they are made again from the base with every load.
     """
-    where, common = location(settings.model_name_or_path), _common(settings)
+    where, common = location(settings.model_name_or_path), hub_options(settings)
     config, auto = _config(settings)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, **common}
@@ -66,7 +66,7 @@ def load_model(settings: ModelSettings) -> nn.Module:
     with engine.unsharded_loading() if whole else nullcontext():
         model = auto.from_pretrained(where, **kwargs)
         if adapter is not None:
-            model = _joined(model, adapter)
+            model = with_adapter(model, adapter)
     if settings.load_in_4bit:
         four_bit.pack_experts(model, settings)
         # The Trainer refuses packed weights beside which it sees no PeftModel. Ours have adapters.
@@ -87,7 +87,7 @@ def _packing(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _joined(model: nn.Module, adapter: str) -> nn.Module:
+def with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     """The model with a PEFT adapter merged into its weights."""
     from peft import PeftModel
 
@@ -111,8 +111,8 @@ def _config(settings: ModelSettings):
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     where = location(settings.model_name_or_path)
-    with _found(where):
-        config = AutoConfig.from_pretrained(where, **_common(settings))
+    with found_at(where):
+        config = AutoConfig.from_pretrained(where, **hub_options(settings))
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return config, AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
@@ -138,9 +138,9 @@ def load_processor(settings: ModelSettings):
     """The processor (or, for text-only models, the tokenizer) that belongs to the model."""
     from transformers import AutoProcessor
 
-    where, common = location(settings.model_name_or_path), _common(settings)
+    where, common = location(settings.model_name_or_path), hub_options(settings)
     try:
-        with _found(where):
+        with found_at(where):
             return AutoProcessor.from_pretrained(where, **common)
     except ImportError:
         processor = _assembled(where, common)
@@ -150,7 +150,7 @@ def load_processor(settings: ModelSettings):
 
 
 @contextmanager
-def _found(where: str) -> Iterator[None]:
+def found_at(where: str) -> Iterator[None]:
     """ValueError in the place of the many errors of a model that is not there."""
     try:
         yield
@@ -178,5 +178,6 @@ def _assembled(where: str, common: dict[str, Any]) -> "ProcessorMixin | None":
     return cls.from_args_and_dict(parts, described)
 
 
-def _common(settings: ModelSettings) -> dict[str, Any]:
+def hub_options(settings: ModelSettings) -> dict[str, Any]:
+    """What `from_pretrained` is told of the hub, whatever it loads."""
     return {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}

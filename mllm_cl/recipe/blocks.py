@@ -6,6 +6,7 @@ Relative paths count from the working directory.
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,6 +77,49 @@ class TaskBlock(RetainBlock):
 
     train_size: Count | None = None
     supersedes: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassesBlock:
+    """Labelled images whose classes come in stages: in the field's words B`first` Inc`increment`.
+
+    The first `number` classes, in the order of their names, are put into the order of `order` (a
+    seed of NumPy's legacy generator; null: as they are named). The first stage brings `first` of
+    them (0: as many as the others), each later one `increment`, the last what is left.
+    """
+
+    data: str
+    number: Count
+    increment: Count
+    first: Annotated[int, Between(0)] = 0
+    order: Annotated[int, Between(0, 2**32 - 1)] | None = 1993
+    preprocessing: str = "processor"  # a preset of mllm_cl.data.pixels
+    train_size: Count | None = None  # images of each class, None: all
+    eval_size: Count | None = None
+    stages: Count | None = None  # only so many of them, None: all
+    args: dict[str, Any] = field(default_factory=dict)  # handed to the reader of `data`
+
+    def __post_init__(self) -> None:
+        _must_exist("data", self.data)
+        if self.first > self.number:
+            problem = f"found {self.first}, expected at most the {self.number} classes of 'number'"
+            raise RecipeError("first", problem)
+        if self.stages is not None and self.stages > len(self.sizes()):
+            problem = f"found {self.stages}, but there are {len(self.sizes())}"
+            raise RecipeError("stages", problem)
+
+    def sizes(self) -> list[int]:
+        """How many classes each stage brings, of all stages."""
+        from mllm_cl.data.classes import stage_sizes  # which imports torch
+
+        return stage_sizes(self.number, self.first, self.increment)
+
+    def tasks(self) -> tuple[TaskBlock, ...]:
+        """A task per stage, named by the places of its classes in the order: `1-50`, `51-60` …"""
+        ends = list(accumulate(self.sizes()))[: self.stages]
+        starts = [1, *[end + 1 for end in ends]]
+        names = [f"{start}-{end}" for start, end in zip(starts, ends, strict=False)]
+        return tuple(TaskBlock(name=name, data=self.data) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,15 @@ def check_superseded(tasks: Sequence[TaskBlock], name: str, method: "Method") ->
             )
 
 
+def check_setting(has_classes: bool, name: str, method: "Method") -> None:
+    """RecipeError where a method for classes is given tasks, or the other way round."""
+    wanted = "classes" if method.setting == "class_incremental" else "tasks"
+    given = "classes" if has_classes else "tasks"
+    if wanted != given:
+        problem = f"found {name!r}, which learns {wanted!r}, but the recipe has {given!r}"
+        raise RecipeError("method.name", problem)
+
+
 def _kind(name: str) -> type["Method"]:
     from mllm_cl.method import load_method
 

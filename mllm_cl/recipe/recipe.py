@@ -13,6 +13,7 @@ import yaml
 
 from mllm_cl.recipe.blocks import (
     ADAPTER,
+    ClassesBlock,
     DataBlock,
     EvalBlock,
     ModelBlock,
@@ -23,7 +24,12 @@ from mllm_cl.recipe.blocks import (
 from mllm_cl.recipe.convert import convert, plain
 from mllm_cl.recipe.errors import RecipeError, unknown
 from mllm_cl.recipe.hints import Between
-from mllm_cl.recipe.method import check_superseded, method_block, written_method
+from mllm_cl.recipe.method import (
+    check_setting,
+    check_superseded,
+    method_block,
+    written_method,
+)
 from mllm_cl.recipe.read import parse, put, read_file, refuse_remote_code, split_overrides
 from mllm_cl.recipe.training import BOOKKEEPING, training_block, training_names
 
@@ -33,13 +39,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything about a continual run except the hardware."""
+    """Everything about a continual run except the hardware.
+
+    `classes`, in the place of a file's `tasks`, makes it class-incremental: `tasks` are its stages.
+    """
 
     output_dir: str
     model: ModelBlock
     method: "Method"
     method_name: str
     tasks: tuple[TaskBlock, ...]
+    classes: ClassesBlock | None = None
     retain: tuple[RetainBlock, ...] = ()
     data: DataBlock = field(default_factory=DataBlock)
     training: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +106,7 @@ class Recipe:
             "output_dir": self.output_dir,
             "model": {key: value for key, value in model.items() if value is not None},
             "method": {"name": self.method_name, **own},
-            "tasks": [dataclasses.asdict(task) for task in self.tasks],
+            **self._sequence(),
             "retain": [dataclasses.asdict(data) for data in self.retain],
             "data": dataclasses.asdict(self.data),
             "training": self.training,
@@ -105,6 +115,12 @@ class Recipe:
         if self.memory is not None:
             tree["memory"] = self.memory
         return plain(tree, "")
+
+    def _sequence(self) -> dict[str, Any]:
+        """What is learnt, as a file says it."""
+        if self.classes is not None:
+            return {"classes": dataclasses.asdict(self.classes)}
+        return {"tasks": [dataclasses.asdict(task) for task in self.tasks]}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the resolved recipe as YAML, whole or not at all."""
@@ -126,7 +142,10 @@ class Recipe:
             raise ValueError(f"found stage {index}, expected -1 to {len(self.tasks) - 1}")
         tree = self.resolved()
         del tree["output_dir"]
-        tree["tasks"] = tree["tasks"][: index + 1]
+        if self.classes is None:
+            tree["tasks"] = tree["tasks"][: index + 1]
+        else:
+            tree["classes"]["stages"] = index + 1
         for key in [key for key in tree["training"] if key.startswith(BOOKKEEPING)]:
             del tree["training"][key]
         if self.method_name.endswith(".py"):
@@ -153,6 +172,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
         "model",
         "method",
         "tasks",
+        "classes",
         "retain",
         "data",
         "training",
@@ -162,7 +182,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     for name, value in tree.items():
         if name not in known:
             raise unknown(name, value, known, _homes())
-    for name in ("model", "method", "tasks"):
+    for name in ("model", "method"):
         if name not in tree:
             raise RecipeError(name, "is missing")
     empty: dict[str, Any] = {"retain": [], "data": {}, "training": {}, "eval": {}}
@@ -176,7 +196,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     if memory is not None and not Path(memory).is_file():
         problem = f"found {memory!r}, expected a file that mllm-cl measure has written"
         raise RecipeError("memory", problem)
-    tasks = convert(tree["tasks"], tuple[TaskBlock, ...], "tasks")
+    classes, tasks = _learnt(tree)
     retain = convert(tree["retain"], tuple[RetainBlock, ...], "retain")
     tell_apart({"tasks": tasks, "retain": retain})
     training = training_block(convert(tree["training"], dict[str, Any], "training"))
@@ -186,6 +206,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     # last, since it imports torch
     name, method, model, notes = method_block(tree["method"], model, seed, written)
     check_superseded(tasks, name, method)
+    check_setting(classes is not None, name, method)
     return Recipe(
         seed=seed,
         output_dir=output_dir,
@@ -193,6 +214,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
         method=method,
         method_name=name,
         tasks=tasks,
+        classes=classes,
         retain=retain,
         data=data,
         training=training,
@@ -202,10 +224,24 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     )
 
 
+def _learnt(tree: Mapping[str, Any]) -> tuple[ClassesBlock | None, tuple[TaskBlock, ...]]:
+    """The block `classes`, if there is one, and the tasks: its stages, or those of `tasks`."""
+    if tree.get("classes") is None:
+        if "tasks" not in tree:
+            raise RecipeError("tasks", "is missing")
+        return None, convert(tree["tasks"], tuple[TaskBlock, ...], "tasks")
+    for name in ("tasks", "retain", "memory"):
+        if tree.get(name):
+            problem = "found beside 'classes', whose stages are the tasks; remove one of the two"
+            raise RecipeError(name, problem)
+    classes = convert(tree["classes"], ClassesBlock, "classes")
+    return classes, classes.tasks()
+
+
 def _homes() -> dict[str, str]:
     """Where a key that was put at the top level belongs."""
     homes = {name: f"training.{name}" for name in training_names()}
-    blocks = {"model": ModelBlock, "data": DataBlock, "eval": EvalBlock}
+    blocks = {"model": ModelBlock, "data": DataBlock, "eval": EvalBlock, "classes": ClassesBlock}
     for key, kind in blocks.items():
         homes |= {each.name: f"{key}.{each.name}" for each in dataclasses.fields(kind)}
     return homes

@@ -10,48 +10,78 @@ from pathlib import Path
 
 from mllm_cl.data.errors import DataError
 from mllm_cl.data.source.reading import Reading
-from mllm_cl.data.source.rows import SUFFIXES, JoinedRows, read_rows
+from mllm_cl.data.source.rows import SUFFIXES, JoinedRows, Rows, read_rows
 from mllm_cl.data.source.samples import Samples
 from mllm_cl.data.source.split import choose
 
 
 def open_samples(data: str, split: str, size: int | None, reading: Reading) -> Samples:
     """The first `size` samples of a split (None: all); DataError where there is no such thing."""
-    from mllm_cl.data.source.hub import hub_samples, saved_samples
-
-    path = Path(data).expanduser()
-    if path.is_file():
-        own = reading.side(split) == "train"
-        files = [path] if own else [_test_file(path, reading)]
-        return _of_files(files, split, size, reading, path.parent)
-    if (path / "dataset_dict.json").exists():
-        path = path / (vars(reading)[reading.side(split)] or reading.side(split))
-    if (path / "state.json").exists():
-        return saved_samples(path, split, size, reading, _root(reading, path))
-    if path.is_dir():
-        files = _split_files(path, reading.side(split), reading)
-        return _of_files(files, split, size, reading, path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
-        raise DataError("no such file or folder", data)
-    return hub_samples(data, split, size, reading)
+    if reading.streaming and _saved(data, split, reading) is None:
+        return _streamed(data, split, size, reading)
+    rows, root, file = open_rows(data, split, reading)
+    return choose(rows, split, size, reading, root, file)
 
 
-def _of_files(
-    files: Sequence[Path], split: str, size: int | None, reading: Reading, folder: Path
-) -> Samples:
-    root = files[0].parent if reading.image_root is None else _root(reading, folder)
-    if reading.streaming and all(file.suffix.lower() == ".parquet" for file in files):
-        from mllm_cl.data.source.arrow import load
-        from mllm_cl.data.source.hub import streamed_samples
+def open_rows(data: str, split: str, reading: Reading) -> tuple[Rows, Path, str]:
+    """All rows of the file that a split is in, the folder of their pictures, and the file's name.
 
-        names = [str(file) for file in files]
-        stream = load("parquet", data_files=names, split="train", streaming=True)
-        return streamed_samples(stream, split, size, reading, root, names[0])
-    if reading.streaming:
-        raise DataError("cannot be streamed: only Parquet and the hub can", str(files[0]))
+    With a `test_share` the rows of both splits are in it.
+    """
+    from mllm_cl.data.source.hub import hub_rows, saved_rows
+
+    saved = _saved(data, split, reading)
+    if saved is not None:
+        return saved_rows(saved), _root(reading, saved), str(saved)
+    files = _files(data, split, reading)
+    if not files:
+        return hub_rows(data, split, reading)
     parts = [read_rows(file) for file in files]
     rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
-    return choose(rows, split, size, reading, root, str(files[0]))
+    return rows, _pictures(data, files, reading), str(files[0])
+
+
+def _streamed(data: str, split: str, size: int | None, reading: Reading) -> Samples:
+    from mllm_cl.data.source.arrow import load
+    from mllm_cl.data.source.hub import hub_samples, streamed_samples
+
+    files = _files(data, split, reading)
+    if not files:
+        return hub_samples(data, split, size, reading)
+    if any(file.suffix.lower() != ".parquet" for file in files):
+        raise DataError("cannot be streamed: only Parquet and the hub can", str(files[0]))
+    names = [str(file) for file in files]
+    stream = load("parquet", data_files=names, split="train", streaming=True)
+    root = _pictures(data, files, reading)
+    return streamed_samples(stream, split, size, reading, root, names[0])
+
+
+def _saved(data: str, split: str, reading: Reading) -> Path | None:
+    """The folder of a split that `save_to_disk` wrote, if it is one."""
+    path = Path(data).expanduser()
+    if (path / "dataset_dict.json").exists():
+        path = path / (vars(reading)[reading.side(split)] or reading.side(split))
+    return path if (path / "state.json").exists() else None
+
+
+def _files(data: str, split: str, reading: Reading) -> list[Path]:
+    """The files of a split; none where `data` is the name of a data set on the hub."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return [path] if reading.side(split) == "train" else [_test_file(path, reading)]
+    if path.is_dir():
+        return _split_files(path, reading.side(split), reading)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+        raise DataError("no such file or folder", data)
+    return []
+
+
+def _pictures(data: str, files: Sequence[Path], reading: Reading) -> Path:
+    """The folder from which the paths of pictures in these files count."""
+    if reading.image_root is None:
+        return files[0].parent
+    path = Path(data).expanduser()
+    return _root(reading, path if path.is_dir() else path.parent)
 
 
 def _root(reading: Reading, folder: Path) -> Path:

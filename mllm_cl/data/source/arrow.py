@@ -26,6 +26,12 @@ class ArrowRows:
     def place(self, index: int) -> tuple[str, int]:
         return self.file, index + 1
 
+    def column(self, name: str) -> list[object]:
+        """One column of all rows; the others, and with them the pictures, stay on the disk."""
+        table = self.dataset.select_columns([name])[:]
+        rows = ({name: value} for value in table.column(name).to_pylist())
+        return [named_classes(row, self.names)[name] for row in rows]
+
 
 def parquet_rows(path: Path) -> ArrowRows:
     """A Parquet file through `datasets`, which keeps it on the disk and out of memory."""

@@ -56,7 +56,7 @@ class Format:
 
         DataError where the row is not what the format says.
         """
-        images = _listed(self._images(row))
+        images = self.pictures_of(row)
         if self.chat is not None:
             messages, inline = _turns(self._value(row, self.chat))
             references: list[str] = []
@@ -73,6 +73,10 @@ class Format:
             messages.insert(0, _message("system", [_text_part(system)]))
         _check(messages, len(images))
         return messages, images, references
+
+    def pictures_of(self, row: Row) -> list[object]:
+        """The references to the pictures of a row, those inside of a chat left out."""
+        return _listed(self._images(row))
 
     def pictures(self) -> list[str]:
         """The columns in which pictures are looked for."""

@@ -14,6 +14,32 @@ from mllm_cl.data.source.split import choose, draw, format_of
 
 def hub_samples(data: str, split: str, size: int | None, reading: Reading) -> Samples:
     """The first `size` samples of a split of a data set on the hub, or in its cache."""
+    loaded, root, file = _loaded(data, split, reading)
+    if reading.streaming:
+        return streamed_samples(loaded, split, size, reading, root, file)
+    return choose(ArrowRows(loaded, file), split, size, reading, root, file)
+
+
+def hub_rows(data: str, split: str, reading: Reading) -> tuple[ArrowRows, Path, str]:
+    """What `mllm_cl.data.source.open_rows` returns, from the hub or its cache."""
+    loaded, root, file = _loaded(data, split, reading)
+    return ArrowRows(loaded, file), root, file
+
+
+def saved_rows(path: Path) -> ArrowRows:
+    """The rows of what `save_to_disk` wrote."""
+    import datasets
+    import pyarrow
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot be read as a saved data set: {error}", str(path)) from error
+    return ArrowRows(saved, str(path))
+
+
+def _loaded(data: str, split: str, reading: Reading) -> tuple[object, Path, str]:
+    """The data set or the stream of a split's side, its pictures' folder and its name."""
     import datasets
 
     side = vars(reading)[reading.side(split)] or reading.side(split)
@@ -25,10 +51,7 @@ def hub_samples(data: str, split: str, size: int | None, reading: Reading) -> Sa
         raise DataError(problem, data) from error.__cause__
     # What the hub's own files refer to lies in its cache; pictures are opened from nowhere else.
     root = Path(reading.image_root or datasets.config.HF_CACHE_HOME)
-    file = f"{data}, {side}"
-    if reading.streaming:
-        return streamed_samples(loaded, split, size, reading, root, file)
-    return choose(ArrowRows(loaded, file), split, size, reading, root, file)
+    return loaded, root, f"{data}, {side}"
 
 
 def streamed_samples(
@@ -53,21 +76,6 @@ def streamed_samples(
             break
     rows = ListedRows(file, kept, numbers)
     return choose(rows, split, size, replace(reading, test_share=None), root, file)
-
-
-def saved_samples(
-    path: Path, split: str, size: int | None, reading: Reading, root: Path
-) -> Samples:
-    """The first `size` samples of what `save_to_disk` wrote."""
-    import datasets
-    import pyarrow
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot be read as a saved data set: {error}", str(path)) from error
-    rows = ArrowRows(saved, str(path))
-    return choose(rows, split, size, reading, root, str(path))
 
 
 def _streamed(stream, file: str) -> Iterator[tuple[int, Row]]:

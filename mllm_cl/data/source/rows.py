@@ -8,12 +8,12 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from mllm_cl.data.errors import DataError, shortened
-from mllm_cl.data.source.arrow import Row, parquet_rows
+from mllm_cl.data.source.arrow import ArrowRows, Row, parquet_rows
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -40,6 +40,25 @@ def read_rows(path: Path) -> Rows:
     if not len(rows):
         raise DataError("holds no rows", str(path))
     return rows
+
+
+def column(rows: Rows, name: str) -> Iterator[object]:
+    """What all rows have in a column, None where a row has no such; no pictures are read.
+
+    A row that cannot be read is a DataError naming it.
+    """
+    if isinstance(rows, JoinedRows):
+        return chain.from_iterable(column(part, name) for part in rows.parts)
+    if isinstance(rows, ArrowRows) and name in rows.dataset.column_names:
+        return iter(rows.column(name))
+    return (_cell(rows, index, name) for index in range(len(rows)))
+
+
+def _cell(rows: Rows, index: int, name: str) -> object:
+    try:
+        return rows[index].get(name)
+    except DataError as error:
+        raise error.at(*rows.place(index)) from error.__cause__
 
 
 class ListedRows:

@@ -23,14 +23,14 @@ def choose(
     rows: Rows, split: str, size: int | None, reading: Reading, root: Path, file: str
 ) -> Samples:
     """The first `size` samples of a split (None: all) among `rows`; DataError if there are none."""
-    form = format_of(_columns(rows), reading, file)
-    chosen = list(islice(_indices(rows, split, form, root, reading), size))
-    if not chosen:
+    form = format_of(columns_of(rows), reading, file)
+    indices = list(islice(chosen(rows, split, form, root, reading), size))
+    if not indices:
         raise DataError(f"no row is left for the split {split!r}", file)
-    return Samples(rows, form, root, chosen)
+    return Samples(rows, form, root, indices)
 
 
-def _indices(rows: Rows, split: str, form: Format, root: Path, reading: Reading) -> Iterable[int]:
+def chosen(rows: Rows, split: str, form: Format, root: Path, reading: Reading) -> Iterable[int]:
     """The rows of a split in their order."""
     if reading.test_share is None:
         return range(len(rows))
@@ -104,7 +104,7 @@ def _row(rows: Rows, index: int) -> Row | None:
         return None
 
 
-def _columns(rows: Rows) -> list[str]:
+def columns_of(rows: Rows) -> list[str]:
     """The columns of the first rows that can be read; DataError if none can."""
     columns: dict[str, None] = {}
     problem = None

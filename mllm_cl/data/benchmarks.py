@@ -1,0 +1,67 @@
+"""Facts of published benchmarks and their prompts, read from the two tables beside this file."""
+
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A data set as published tables use it; benchmarks.yaml says what each line means.
+
+    `sizes` holds train and test images as far as they are published.
+    """
+
+    title: str
+    classes: int
+    splits: list[str]
+    templates: str
+    data: str
+    note: str = ""
+    of: int | None = None
+    order_seed: int | None = 1993
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def stages(self) -> list[tuple[int, int]]:
+        """First stage and increment of each split."""
+        both = (re.fullmatch(r"B(\d+) Inc(\d+)", split) for split in self.splits)
+        return [(int(found[1]), int(found[2])) for found in both]
+
+
+def benchmark(name: str) -> Benchmark:
+    """The facts of one; ValueError for a name that is not in the table."""
+    return Benchmark(**_of("benchmarks", name, "benchmark"))
+
+
+def templates(key: str) -> tuple[str, ...]:
+    """Prompts with {} for the name of a class: the first trains, all of them together test."""
+    written = _of("templates", key, "templates")
+    return tuple(text for line in written for text in _expanded(line))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all benchmarks."""
+    return tuple(_table("benchmarks"))
+
+
+def _expanded(line: str) -> list[str]:
+    """The line with each choice of its brackets, [a|the], in turn."""
+    parts = re.split(r"\[([^]]*)\]", line)
+    choices = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
+    return ["".join(words) for words in product(*choices)]
+
+
+def _of(table: str, key: str, what: str):
+    known = _table(table)
+    if key not in known:
+        raise ValueError(f"there is no {what} {key!r}; there is {', '.join(known)}")
+    return known[key]
+
+
+@cache
+def _table(name: str) -> dict:
+    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,193 @@
+"""From a recipe's `model:` block to an encoder: pictures in, one feature vector for each out.
+
+B batch, C classes, D feature width, H height, W width, L text length.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_timm_available
+
+from mllm_cl.model.blocks import Anatomy, resolve
+from mllm_cl.model.load import ModelSettings, found_at, hub_options, location, with_adapter
+
+
+class Encoder(nn.Module):
+    """A backbone of transformers and which of its outputs is the feature: `encoder(pixel_values)`.
+
+    Features are as they come, not normalised: `width` numbers for a picture. ViT and DINOv2 give
+    the class token after the last LayerNorm, CLIP what its projection and SigLIP what its pooling
+    makes of a picture, a CLIP vision tower alone its class token, ResNet and timm the pooled map.
+    """
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.family = family(backbone.config.model_type)
+        _give_dimensions(backbone)
+        self.width = self.family.width(backbone)
+
+    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
+        """The features (B, D)."""
+        return self.family.features(self.backbone, pixel_values_BCHW)
+
+    def text(self, input_ids_CL: Tensor, attention_mask_CL: Tensor | None = None) -> Tensor:
+        """The features (C, D) of texts, where the model reads them. ValueError where it does not.
+
+        SigLIP learnt from texts padded to their full length and without a mask: give it none.
+        """
+        if not self.family.reads:
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no text tower, so there are no features of "
+                "class names: choose a CLIP or SigLIP model"
+            )
+        output = self.backbone.get_text_features(
+            input_ids=input_ids_CL, attention_mask=attention_mask_CL
+        )
+        return output.pooler_output
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The names, in `backbone`, of what adapters and prompts are put at."""
+        return resolve(self.backbone)
+
+
+def _give_dimensions(backbone: nn.Module) -> None:
+    """Make vectors of the numbers among a model's parameters (CLIP's `logit_scale`), which FSDP2
+    does not take; what is saved has the shape that transformers reads.
+    """
+    names = [name for name, one in backbone.named_parameters(recurse=False) if one.dim() == 0]
+    for name in names:
+        number = backbone._parameters[name]
+        backbone._parameters[name] = nn.Parameter(
+            number.detach().reshape(1), requires_grad=number.requires_grad
+        )
+
+    def as_saved(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+        for name in names:
+            value = state[prefix + name]
+            if type(value) in (Tensor, nn.Parameter):  # and no shard of one
+                state[prefix + name] = value.reshape(())
+
+    if names:
+        backbone.register_state_dict_post_hook(as_saved)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` see: their class, and which of their outputs is meant."""
+
+    backbone: type[PreTrainedModel]
+    features: Callable[[PreTrainedModel, Tensor], Tensor]
+    width: Callable[[PreTrainedModel], int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads: bool = False
+
+
+def family(model_type: str) -> Family:
+    """How models of this type see. ValueError for a type that is not known."""
+    known = _families()
+    if model_type not in known:
+        raise ValueError(
+            f"no encoder is known for models of type {model_type!r}. Expected 'model_type' in the "
+            f"config to be one of {', '.join(sorted(known))}; a language model that sees pictures "
+            "belongs into an instruction recipe."
+        )
+    return known[model_type]
+
+
+def _families() -> dict[str, Family]:
+    # Each of these imports its modelling file when it is named, so not with this file.
+    from transformers import (
+        CLIPModel,
+        CLIPVisionModel,
+        Dinov2Model,
+        ResNetModel,
+        SiglipModel,
+        SiglipVisionModel,
+        TimmWrapperModel,
+        ViTModel,
+    )
+
+    # The pooler (a dense layer and tanh) is no part of any method here: without it a ViT-B/16 has
+    # the 85,798,656 parameters of the papers.
+    plain = {"add_pooling_layer": False}
+    return {
+        "vit": Family(ViTModel, _class_token, _hidden, plain),
+        "dinov2": Family(Dinov2Model, _class_token, _hidden),
+        "clip": Family(CLIPModel, _joint, lambda model: model.config.projection_dim, reads=True),
+        "clip_vision_model": Family(CLIPVisionModel, _pooled, _hidden),
+        "siglip": Family(
+            SiglipModel, _joint, lambda model: model.config.vision_config.hidden_size, reads=True
+        ),
+        "siglip_vision_model": Family(SiglipVisionModel, _pooled, _hidden),
+        "resnet": Family(ResNetModel, _pooled, lambda model: model.config.hidden_sizes[-1]),
+        "timm_wrapper": Family(
+            TimmWrapperModel, _pooled, lambda model: model.timm_model.head_hidden_size
+        ),
+    }
+
+
+def _hidden(backbone: PreTrainedModel) -> int:
+    return backbone.config.hidden_size
+
+
+def _class_token(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:
+    return backbone(pixel_values=pixel_values_BCHW).last_hidden_state[:, 0]
+
+
+def _pooled(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:
+    return backbone(pixel_values=pixel_values_BCHW).pooler_output.flatten(1)
+
+
+def _joint(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:
+    """Where pictures and texts meet: CLIP's projection, SigLIP's attention pooling."""
+    return backbone.get_image_features(pixel_values=pixel_values_BCHW).pooler_output
+
+
+def load_encoder(settings: ModelSettings) -> Encoder:
+    """The encoder with its weights, by `from_pretrained` on any hub id or folder, in eval mode.
+
+    Its class comes from the config's `model_type`. A PEFT adapter joins the weights, as in
+    `load_model`. Raises ValueError for a type that is not known, for a timm checkpoint where timm
+    is not installed, and for four bits, which encoders are not kept in.
+    """
+    where, options = location(settings.model_name_or_path), hub_options(settings)
+    if settings.load_in_4bit:
+        raise ValueError("encoders are not kept in four bits: leave out load_in_4bit")
+    kind = _described(settings)
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    options |= {"dtype": dtype, **kind.options}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    with found_at(where):
+        backbone = kind.backbone.from_pretrained(where, **options)
+    if settings.adapter_name_or_path is not None:
+        backbone = with_adapter(backbone, settings.adapter_name_or_path)
+    return Encoder(backbone).eval()
+
+
+def empty_encoder(settings: ModelSettings) -> Encoder:
+    """The encoder on the meta device: every shape, no weights; only its config is read."""
+    where, kind = location(settings.model_name_or_path), _described(settings)
+    with found_at(where):
+        config = kind.backbone.config_class.from_pretrained(where, **hub_options(settings))
+    with torch.device("meta"):
+        return Encoder(kind.backbone(config, **kind.options))
+
+
+def _described(settings: ModelSettings) -> Family:
+    """The family that the config names, read without building it: timm's own needs timm."""
+    where = location(settings.model_name_or_path)
+    with found_at(where):
+        described, _ = PreTrainedConfig.get_config_dict(where, **hub_options(settings))
+    if "model_type" not in described:
+        raise ValueError(f"{where} has no config.json that names a 'model_type': no model is there")
+    kind = family(described["model_type"])
+    if described["model_type"] == "timm_wrapper" and not is_timm_available():
+        raise ValueError(f"{where} is a timm checkpoint, which needs timm: pip install timm")
+    return kind

@@ -1,0 +1,77 @@
+"""What differs between the kinds of continual run, behind one seam: a module for each
+`Method.setting`.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mllm_cl import record
+from mllm_cl.drifts import Drift
+from mllm_cl.evaluate import Answer
+from mllm_cl.method import Batches
+from mllm_cl.model.layers import State
+from mllm_cl.recipe import Recipe
+from mllm_cl.task import Sample, TaskSequence
+
+Collator = Callable[[Sequence[Sample]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stage at work: what it is a stage of, its number, and what makes its batches."""
+
+    recipe: Recipe
+    sequence: TaskSequence
+    stage: int
+    collator: Collator
+    quiet: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return record.stage_folder(Path(self.recipe.output_dir), self.stage)
+
+    @property
+    def earlier(self) -> list[Path]:
+        """The folders of all stages before it."""
+        run = Path(self.recipe.output_dir)
+        return [record.stage_folder(run, stage) for stage in range(self.stage)]
+
+
+class Setting(Protocol):
+    """What the module of a setting offers."""
+
+    def tasks_of(self, recipe: Recipe) -> TaskSequence:
+        """The tasks that a recipe names, with their data. RecipeError."""
+
+    def load(self, recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, Collator]:
+        """The incoming model, and what makes its batches. RecipeError."""
+
+    def callbacks(self, collator: Collator) -> list[TrainerCallback]:
+        """What the Trainer tells of its progress."""
+
+    def measured(self, place: Place, model: nn.Module, base: set[str]) -> Batches | None:
+        """What the method measures of the stage's task; None: a selection of what it trains on.
+
+        `base` are the names of the incoming model's own weights. Collective where it is not None.
+        """
+
+    def answers(self, place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
+        """What the model as it is now, which `state` makes differ from its base, answers to each
+        task that the stage is scored on. What an interrupted call had done is not done again.
+        Collective.
+        """
+
+    def drift(self, place: Place, model: nn.Module, state: State) -> Drift:
+        """How far inputs, routers and experts have moved. Collective."""
+
+
+def setting_of(recipe: Recipe) -> Setting:
+    """The module of the recipe's setting."""
+    return importlib.import_module(f"mllm_cl.settings.{recipe.method.setting}")

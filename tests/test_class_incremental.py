@@ -1,0 +1,214 @@
+"""Whole class-incremental runs on a tiny backbone and drawn compositions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from encoders import SIDE, backbone
+from mllm_cl import Recipe, run
+from mllm_cl.data.labelled import labelled
+from mllm_cl.data.pixels import preset
+from mllm_cl.model.encoder import Encoder
+from mllm_cl.recipe import RecipeError
+from test_engines import launch
+
+DATA, NUMBER, TRAIN, TEST = "toy:compositions", 6, 6, 4
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    backbone("vit").save_pretrained(folder)
+    return folder
+
+
+def recipe(folder: Path, model: Path, method: str = "simplecil", **classes) -> Recipe:
+    tree = {
+        "output_dir": str(folder),
+        "model": {"model_name_or_path": str(model)},
+        "method": {"name": method},
+        "classes": {
+            "data": DATA,
+            "number": NUMBER,
+            "increment": 2,
+            "preprocessing": "paper_compat",
+            "train_size": TRAIN,
+            "eval_size": TEST,
+        }
+        | classes,
+        "training": {"max_steps": 6, "per_device_train_batch_size": 6, "learning_rate": 0.01},
+        "eval": {"batch_size": 5},
+    }
+    return Recipe.from_tree(tree, "recipe.yaml")
+
+
+def answers(folder: Path, stage: int) -> dict[str, list[str]]:
+    """What was said to the images of each stage."""
+    return {
+        path.stem: [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+        for path in sorted((folder / f"task_{stage}/predictions").glob("*.jsonl"))
+    }
+
+
+def features(encoder, samples) -> torch.Tensor:
+    """One image at a time, float64."""
+    pixels = preset("paper_compat", side=SIDE)
+    with torch.no_grad():
+        found = [encoder(pixels.test(sample["images"][0])[None])[0] for sample in samples]
+    return torch.stack(found).double()
+
+
+def nearest(test: torch.Tensor, means: dict[str, torch.Tensor]) -> list[str]:
+    """The class of largest cosine, by a plain loop."""
+    names = list(means)
+    return [max(names, key=lambda name: float(x @ means[name] / means[name].norm())) for x in test]
+
+
+def test_simplecil_answers_with_the_nearest_class_mean_of_all_classes_so_far(vit, tmp_path):
+    done = recipe(tmp_path / "run", vit)
+    run(done)
+    encoder = Encoder(backbone("vit"))
+    order = [0, 2, 3, 4, 5, 1]  # numpy.random.RandomState(1993).permutation(6), written out
+    train, test = (labelled(DATA, split, size, number=NUMBER) for split, size in
+                   (("train", TRAIN), ("test", TEST)))  # fmt: skip
+    names = [train.names[place] for place in order]
+    means = {name: features(encoder, train.of([name])).mean(0) for name in names}
+    for stage in (1, 2, 3):
+        known = {name: means[name] for name in names[: 2 * stage]}
+        expected = {
+            f"{first + 1}-{first + 2}": nearest(
+                features(encoder, test.of(names[first : first + 2])), known
+            )
+            for first in range(0, 2 * stage, 2)
+        }
+        assert answers(tmp_path / "run", stage) == expected
+
+
+def test_every_image_is_encoded_once(vit, tmp_path, monkeypatch):
+    seen, forward = [], Encoder.forward
+
+    def counted(self, pixel_values_BCHW):
+        seen.append(len(pixel_values_BCHW))
+        return forward(self, pixel_values_BCHW)
+
+    monkeypatch.setattr(Encoder, "forward", counted)
+    run(recipe(tmp_path / "run", vit))
+    assert sum(seen) == NUMBER * (TRAIN + TEST)
+
+
+def test_the_stages_do_not_change_simplecils_last_head(vit, tmp_path):
+    for name, increment in (("two", 2), ("all", 6)):
+        run(recipe(tmp_path / name, vit, increment=increment))
+    two, every = (load_file(tmp_path / name / f"task_{last}/memory.safetensors")
+                  for name, last in (("two", 3), ("all", 1)))  # fmt: skip
+    assert two.keys() == every.keys()
+    assert all(torch.equal(two[name], every[name]) for name in two)
+
+
+def test_a_deleted_stage_comes_back_to_the_same_bytes(vit, tmp_path):
+    run(recipe(tmp_path, vit, "aper"))
+    files = [p for p in (tmp_path / "task_3").rglob("*") if p.is_file() and p.name != "cost.json"]
+    before = {path: path.read_bytes() for path in files}
+    assert (tmp_path / "task_3/complete.json") in before
+    for path in sorted((tmp_path / "task_3").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    run(recipe(tmp_path, vit, "aper"))
+    changed = [path.name for path in files if path.read_bytes() != before[path]]
+    assert changed in ([], ["complete.json"])  # which has the hash of cost.json, too
+
+
+@pytest.mark.parametrize("adaptation", ["adapter", "ssf", "vpt_shallow", "vpt_deep"])
+def test_aper_trains_in_its_first_stage_alone_and_joins_both_branches(vit, tmp_path, adaptation):
+    tree = recipe(tmp_path, vit, "aper").resolved()
+    tree["method"] |= {"adaptation": adaptation}
+    run(Recipe.from_tree(tree, "recipe.yaml"))
+    states = [load_file(tmp_path / f"task_{stage}/state.safetensors") for stage in (1, 2, 3)]
+    assert states[0] and not any("head" in name for name in states[0])
+    for later in states[1:]:
+        assert later.keys() == states[0].keys()
+        assert all(torch.equal(later[name], states[0][name]) for name in later)
+    memory = load_file(tmp_path / "task_3/memory.safetensors")
+    plain = recipe(tmp_path / "plain", vit)
+    run(plain)
+    frozen = load_file(tmp_path / "plain/task_3/memory.safetensors")["simplecil/sum"]
+    joined = memory["aper/sum"]
+    assert joined.shape == (NUMBER, 2 * frozen.shape[1])
+    torch.testing.assert_close(joined[:, : frozen.shape[1]], frozen, atol=1e-5, rtol=1e-6)
+    assert not torch.allclose(joined[:, frozen.shape[1] :], frozen, atol=1e-3)
+
+
+def test_the_summary_has_what_papers_print(vit, tmp_path):
+    run(recipe(tmp_path, vit))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    last = [scores["rows"][-1]["scores"][name] for name in scores["tasks"]]
+    assert scores["tasks"] == ["1-2", "3-4", "5-6"]
+    assert scores["summary"]["last"] == pytest.approx(sum(last) / 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"tasks": [{"name": "a", "data": "toy:arrow"}]}, "tasks"),
+        ({"method": {"name": "same"}}, "method.name"),
+        ({"classes": {"data": DATA, "number": 6, "increment": 0}}, "classes.increment"),
+        ({"classes": {"data": DATA, "number": 6, "increment": 2, "first": 7}}, "classes.first"),
+        ({"classes": {"data": DATA, "number": 6, "increment": 2, "stages": 4}}, "classes.stages"),
+        ({"classes": {"data": DATA, "number": 6}}, "classes.increment"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_names_the_key(vit, tmp_path, change, key):
+    tree = recipe(tmp_path, vit).resolved() | change
+    with pytest.raises(RecipeError) as told:
+        Recipe.from_tree(tree, "recipe.yaml")
+    assert told.value.key == key
+
+
+def test_a_recipe_comes_back_from_what_is_saved_of_it(vit, tmp_path):
+    one = recipe(tmp_path, vit, stages=2, order=None)
+    assert Recipe.from_tree(yaml.safe_load(yaml.safe_dump(one.resolved())), "saved") == one
+    assert [task.name for task in one.tasks] == ["1-2", "3-4"]
+
+
+def test_more_classes_than_there_are_is_told_before_the_model_loads(tmp_path):
+    with pytest.raises(RecipeError, match=r"classes\.data.*number"):
+        run(recipe(tmp_path, tmp_path, number=10_000))
+
+
+@pytest.fixture(scope="module")
+def aper_alone(vit, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("aper")
+    run(without_dropout(recipe(folder, vit, "aper")))
+    return folder
+
+
+def without_dropout(one: Recipe) -> Recipe:
+    """Two processes draw other numbers than one."""
+    tree = one.resolved()
+    tree["method"] |= {"dropout": 0.0}
+    return Recipe.from_tree(tree, "recipe.yaml")
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_two_processes_train_and_answer_as_one_does(engine, vit, aper_alone, tmp_path):
+    tree = without_dropout(recipe(tmp_path / "run", vit, "aper")).resolved()
+    tree["training"] |= {"per_device_train_batch_size": 3}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    launch(engine, "run_script.py", str(path))
+    manifest = json.loads((tmp_path / "run/task_1/manifest.json").read_text())
+    assert manifest["engine"] == engine
+    for stage in (1, 2, 3):
+        assert answers(tmp_path / "run", stage) == answers(aper_alone, stage)
+    found, expected = (load_file(folder / "task_3/memory.safetensors")
+                       for folder in (tmp_path / "run", aper_alone))  # fmt: skip
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5, msg=name)
+    frozen = slice(0, expected["aper/sum"].shape[1] // 2)
+    difference = (found["aper/sum"] - expected["aper/sum"])[:, frozen].abs().max()
+    assert difference < 1e-6 * TRAIN * expected["aper/sum"].abs().max()
