@@ -258,6 +258,7 @@ def _data(arguments: argparse.Namespace) -> int:
     from mllm_cl.data.check import check
     from mllm_cl.settings.instruction import processor_of
 
+    recipe.refuse_classes("data check")
     return check(recipe, processor_of(recipe))
 
 

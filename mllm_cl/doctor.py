@@ -263,6 +263,7 @@ def reach(recipe: "Recipe") -> tuple[list[str], list[str]]:
     from mllm_cl.data import read
     from mllm_cl.model.load import location
 
+    recipe.refuse_classes("doctor")
     fine, bad = [], []
     where = recipe.model.model_name_or_path
     for what, opened in (("processor", _open_processor), ("weights", _find_weights)):

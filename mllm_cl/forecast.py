@@ -96,6 +96,7 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
     (arXiv:2205.05198 eq. 1 with fused attention), 2 of them kept per layer with gradient
     checkpointing, and the logits in fp32 with their gradient.
     """
+    recipe.refuse_classes("--dry-run")
     try:
         model = empty_model(recipe.model)
     except ValueError as error:

@@ -58,6 +58,8 @@ def complete_stage(run: Path, task: str | None = None, *, trust_remote_code: boo
         number = path.parent.name.removeprefix("task_")
         if number.isdigit() and int(number):
             tree = json.loads((path.parent / "recipe.json").read_text())
+            if "tasks" not in tree:
+                raise RecipeError("RUN", f"{run} learnt classes, whose models cannot leave it yet")
             done[tree["tasks"][-1]["name"]] = int(number)
     if not done:
         raise RecipeError("RUN", f"{run} holds no complete task of a run")

@@ -90,6 +90,11 @@ class Recipe:
             where = f"{source} with --{changed[-1]} on the command line" if changed else f"{source}"
             raise RecipeError(error.key, error.problem, where) from None
 
+    def refuse_classes(self, command: str) -> None:
+        """RecipeError for a recipe of classes, of which `command` knows nothing yet."""
+        if self.classes is not None:
+            raise RecipeError("classes", f"found a recipe of classes, which {command} cannot read")
+
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in; `training` keeps only what was set.
 

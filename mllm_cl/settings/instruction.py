@@ -20,11 +20,7 @@ from mllm_cl.task import Task, TaskSequence
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
-    """The tasks that a recipe names, with their data. RecipeError for one of classes."""
-    if recipe.classes is not None:
-        raise RecipeError(
-            "classes", "found a recipe of classes, which this command cannot read yet"
-        )
+    """The tasks that a recipe names, with their data."""
     lengths = Lengths(processor_of(recipe)) if recipe.data.max_length else None
     tasks = [_task(block, n, recipe, lengths) for n, block in enumerate(recipe.tasks, start=1)]
     retain = [_task(block, 0, recipe, lengths) for block in recipe.retain]
