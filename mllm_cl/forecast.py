@@ -120,8 +120,16 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
         device_bytes=_device_bytes(recipe, launch, model, longest, saved),
         kept_bytes=recipe.method.forecast_bytes(model, len(sequence)),
         longest=longest,
-        steps={task.name: _steps(recipe, launch, len(task.train)) for task in sequence},
+        steps=_steps_of(recipe, launch, sequence) if trained else {},
     )
+
+
+def _steps_of(recipe: Recipe, launch: Launch, sequence: TaskSequence) -> dict[str, int]:
+    """The steps of each task, or of all together."""
+    sizes = {task.name: len(task.train) for task in sequence}
+    if recipe.method.trains_once:
+        sizes = {"all tasks at once": sum(sizes.values())}
+    return {name: _steps(recipe, launch, size) for name, size in sizes.items()}
 
 
 def _steps(recipe: Recipe, launch: Launch, samples: int) -> int:
@@ -212,7 +220,7 @@ def tell(found: Forecast) -> None:
     table.add_row("together", human(sum(found.device_bytes.values())), style="bold")
     console.print(table)
     told = ", ".join(f"{name} {number}" for name, number in found.steps.items())
-    print(f"optimizer steps: {told}")
+    print(f"optimizer steps: {told or 'none'}")
     few = [name for name, number in found.steps.items() if number < FEW]
     if few:
         print(f"fewer than {FEW} steps seldom teach anything: {', '.join(few)}")

@@ -16,6 +16,9 @@ Made by `python tests/support.py > docs/support.md`, and held to what the tests 
 * yes: it runs there; its mathematics is tested in one process.
 * no: refused in one sentence before the model loads.
 
+These are the methods of instruction tuning. Of those for classes, `aper` is compared in whole runs
+of one process, DDP, ZeRO-2 and FSDP2.
+
 | method | weights | single | DDP | ZeRO-1 | ZeRO-2 | ZeRO-3 | FSDP2 |
 |---|---|---|---|---|---|---|---|
 """

@@ -1,11 +1,13 @@
 """Whole class-incremental runs on a tiny backbone and drawn compositions."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from encoders import SIDE, backbone
@@ -100,6 +102,43 @@ def test_every_image_is_encoded_once(vit, tmp_path, monkeypatch):
     assert sum(seen) == NUMBER * (TRAIN + TEST)
 
 
+def test_other_pictures_and_other_labels_under_the_same_names_are_encoded_anew(vit, tmp_path):
+    def written(names: list[str], shade: int) -> None:
+        for split in ("train", "test"):
+            for place, name in enumerate(names):
+                path = tmp_path / "data" / split / name / "0.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (SIDE, SIDE), (shade, 40 * place, 9)).save(path)
+
+    sums = []
+    for shade in (10, 200):
+        written(["a", "b"], shade)
+        shutil.rmtree(tmp_path / "run/task_1", ignore_errors=True)
+        shutil.rmtree(tmp_path / "run/task_2", ignore_errors=True)
+        run(recipe(tmp_path / "run", vit, data=str(tmp_path / "data"), number=2, increment=1))
+        sums.append(load_file(tmp_path / "run/task_2/memory.safetensors")["simplecil/sum"])
+    assert not torch.allclose(*sums, atol=1e-3)
+
+
+def test_features_that_are_no_numbers_end_the_run_with_the_name_of_an_image(
+    vit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Encoder, "forward", lambda self, x: torch.full((len(x), 24), torch.nan))
+    with pytest.raises(FloatingPointError, match="6 of 6|12 of 12"):
+        run(recipe(tmp_path, vit))
+
+
+def test_a_resnets_running_statistics_stay_where_they_are(tmp_path):
+    backbone("resnet").save_pretrained(tmp_path / "model")
+    tree = recipe(tmp_path / "run", tmp_path / "model", "aper").resolved()
+    tree["method"] |= {"adaptation": "ssf"}
+    run(Recipe.from_tree(tree, "recipe.yaml"))
+    both = load_file(tmp_path / "run/task_3/memory.safetensors")["aper/sum"]
+    run(recipe(tmp_path / "plain", tmp_path / "model"))
+    frozen = load_file(tmp_path / "plain/task_3/memory.safetensors")["simplecil/sum"]
+    torch.testing.assert_close(both[:, : frozen.shape[1]], frozen, atol=1e-4, rtol=1e-5)
+
+
 def test_the_stages_do_not_change_simplecils_last_head(vit, tmp_path):
     for name, increment in (("two", 2), ("all", 6)):
         run(recipe(tmp_path / name, vit, increment=increment))
@@ -158,6 +197,16 @@ def test_the_summary_has_what_papers_print(vit, tmp_path):
         ({"classes": {"data": DATA, "number": 6, "increment": 2, "first": 7}}, "classes.first"),
         ({"classes": {"data": DATA, "number": 6, "increment": 2, "stages": 4}}, "classes.stages"),
         ({"classes": {"data": DATA, "number": 6}}, "classes.increment"),
+        ({"classes": {"data": DATA, "number": 6, "increment": 7}}, "classes.increment"),
+        ({"data": {"on_error": "skip"}}, "data"),
+        (
+            {"classes": {"data": DATA, "number": 6, "increment": 2, "args": {"size": 1}}},
+            "classes.args.size",
+        ),
+        (
+            {"classes": {"data": DATA, "number": 6, "increment": 2, "preprocessing": "paper"}},
+            "classes.preprocessing",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_names_the_key(vit, tmp_path, change, key):

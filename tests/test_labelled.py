@@ -72,7 +72,7 @@ def test_classes_that_the_data_declare_keep_their_order(tmp_path):
     write_classes(tmp_path / "train.parquet", [1, 0, 4, 2, 3])
     found = labelled(str(tmp_path), "train")
     assert found.names == COLOURS and found.targets == (1, 0, 4, 2, 3)
-    assert found[2]["label"] == "purple" and found[2]["id"] == "train-3"
+    assert found[2]["label"] == "purple" and found[2]["id"] == "train/train-3"
 
 
 def test_of_several_columns_with_classes_the_fine_one_is_taken(tmp_path):
@@ -125,7 +125,11 @@ def test_the_first_classes_by_name_and_the_first_pictures_of_each_are_taken(tmp_
     write_classes(tmp_path / "train.parquet", [1, 0, 4, 2, 3, 1, 0, 4, 2, 3])
     found = labelled(str(tmp_path), "train", 1, number=3)
     assert found.names == ("green", "blue", "purple")  # blue, green, purple, in the data's order
-    assert [found.id(place) for place in range(3)] == ["train-1", "train-3", "train-4"]
+    assert [found.id(place) for place in range(3)] == [
+        "train/train-1",
+        "train/train-3",
+        "train/train-4",
+    ]
     assert [one["label"] for one in found] == ["green", "purple", "blue"]
 
 

@@ -125,7 +125,7 @@ def _of_rows(data: str, split: str, label: str | None, reading: Reading) -> Labe
         raise DataError(f"no row is left for the split {split!r}", file)
     number = {name: place for place, name in enumerate(names)}
     targets = tuple(number[values[index]] for index in indices)
-    return Labelled(RowPictures(rows, form, root), names, targets, indices)
+    return Labelled(RowPictures(rows, form, root, split), names, targets, indices)
 
 
 def _narrowed(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import ModelOutput
 
 from mllm_cl.model.encoder import Encoder
@@ -42,6 +43,16 @@ class Classifier(nn.Module):
                 f"{encoder.width}"
             )
         self.encoder, self.head, self.local = encoder, head, local
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """The mode of training, but for batch norms of the encoder: their running statistics are
+        part of its weights, which move by what a method trains alone.
+        """
+        super().train(mode)
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def forward(
         self,

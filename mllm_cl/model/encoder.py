@@ -4,6 +4,7 @@ B batch, C classes, D feature width, H height, W width, L text length.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_timm_available
 
+from mllm_cl import engine
 from mllm_cl.model.blocks import Anatomy, resolve
 from mllm_cl.model.load import ModelSettings, found_at, hub_options, location, with_adapter
 
@@ -164,10 +166,11 @@ def load_encoder(settings: ModelSettings) -> Encoder:
     options |= {"dtype": dtype, **kind.options}
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
-    with found_at(where):
+    adapter = settings.adapter_name_or_path
+    with engine.unsharded_loading() if adapter is not None else nullcontext(), found_at(where):
         backbone = kind.backbone.from_pretrained(where, **options)
-    if settings.adapter_name_or_path is not None:
-        backbone = with_adapter(backbone, settings.adapter_name_or_path)
+        if adapter is not None:
+            backbone = with_adapter(backbone, adapter)
     return Encoder(backbone).eval()
 
 

@@ -93,7 +93,7 @@ class ClassesBlock:
     increment: Count
     first: Annotated[int, Between(0)] = 0
     order: Annotated[int, Between(0, 2**32 - 1)] | None = 1993
-    preprocessing: str = "processor"  # a preset of mllm_cl.data.pixels
+    preprocessing: Literal["paper_compat", "clip", "siglip", "processor"] = "processor"
     train_size: Count | None = None  # images of each class, None: all
     eval_size: Count | None = None
     stages: Count | None = None  # only so many of them, None: all
@@ -101,11 +101,15 @@ class ClassesBlock:
 
     def __post_init__(self) -> None:
         _must_exist("data", self.data)
-        if self.first > self.number:
-            problem = f"found {self.first}, expected at most the {self.number} classes of 'number'"
-            raise RecipeError("first", problem)
-        if self.stages is not None and self.stages > len(self.sizes()):
-            problem = f"found {self.stages}, but there are {len(self.sizes())}"
+        for key in ("data", "split", "size", "seed", "number"):
+            if key in self.args:
+                raise RecipeError(f"args.{key}", "does not belong here: it is a key of 'classes'")
+        try:
+            sizes = self.sizes()
+        except ValueError as error:
+            raise RecipeError("first" if self.first else "increment", str(error)) from None
+        if self.stages is not None and self.stages > len(sizes):
+            problem = f"found {self.stages}, but there are {len(sizes)}"
             raise RecipeError("stages", problem)
 
     def sizes(self) -> list[int]:

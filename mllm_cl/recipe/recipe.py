@@ -113,7 +113,7 @@ class Recipe:
             "method": {"name": self.method_name, **own},
             **self._sequence(),
             "retain": [dataclasses.asdict(data) for data in self.retain],
-            "data": dataclasses.asdict(self.data),
+            **({} if self.classes else {"data": dataclasses.asdict(self.data)}),
             "training": self.training,
             "eval": dataclasses.asdict(self.eval),
         }
@@ -186,7 +186,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     )
     for name, value in tree.items():
         if name not in known:
-            raise unknown(name, value, known, _homes())
+            raise unknown(name, value, known, _homes("classes" in tree))
     for name in ("model", "method"):
         if name not in tree:
             raise RecipeError(name, "is missing")
@@ -239,14 +239,17 @@ def _learnt(tree: Mapping[str, Any]) -> tuple[ClassesBlock | None, tuple[TaskBlo
         if tree.get(name):
             problem = "found beside 'classes', whose stages are the tasks; remove one of the two"
             raise RecipeError(name, problem)
+    if tree.get("data"):
+        raise RecipeError("data", "found beside 'classes', of whose images it says nothing")
     classes = convert(tree["classes"], ClassesBlock, "classes")
     return classes, classes.tasks()
 
 
-def _homes() -> dict[str, str]:
+def _homes(of_classes: bool) -> dict[str, str]:
     """Where a key that was put at the top level belongs."""
     homes = {name: f"training.{name}" for name in training_names()}
-    blocks = {"model": ModelBlock, "data": DataBlock, "eval": EvalBlock, "classes": ClassesBlock}
+    blocks = {"model": ModelBlock, "data": DataBlock, "eval": EvalBlock}
+    blocks |= {"classes": ClassesBlock} if of_classes else {}
     for key, kind in blocks.items():
         homes |= {each.name: f"{key}.{each.name}" for each in dataclasses.fields(kind)}
     return homes

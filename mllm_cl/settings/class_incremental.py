@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mllm_cl import engine
 from mllm_cl.data.classes import stages
-from mllm_cl.data.labelled import labelled
+from mllm_cl.data.labelled import Labelled, labelled
 from mllm_cl.data.pixels import Epochs, PixelCollator, preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
@@ -29,24 +30,22 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
     """A task for each stage: the images of its classes, to train on and to test with."""
     block = recipe.classes
     try:
-        sets = {
-            split: labelled(block.data, split, size, number=block.number, **block.args)
-            for split, size in (("train", block.train_size), ("test", block.eval_size))
-        }
-        chosen = stages(sets["train"].names, block.first, block.increment, block.order)
+        train = labelled(block.data, "train", block.train_size, number=block.number, **block.args)
+        wanted = block.args | {"classes": list(train.names)}
+        test = labelled(block.data, "test", block.eval_size, **wanted)
+        chosen = stages(train.names, block.first, block.increment, block.order)
+        pairs = [(train.of(names), test.of(names)) for names in chosen]
     except ValueError as error:
         raise RecipeError("classes.data", str(error)) from None
+    for names, (_, tested) in zip(chosen, pairs, strict=True):
+        if not len(tested):
+            problem = f"there is no image to test {', '.join(names[:3])} with"
+            raise RecipeError("classes.data", problem)
+    tasks = zip(recipe.tasks, chosen, pairs, strict=False)
     return TaskSequence(
         tuple(
-            Task(
-                each.name,
-                index,
-                sets["train"].of(names),
-                sets["test"].of(names),
-                metric("exact_match"),
-                labels=names,
-            )
-            for index, (each, names) in enumerate(zip(recipe.tasks, chosen, strict=False), start=1)
+            Task(each.name, index, *pair, metric("exact_match"), labels=names)
+            for index, (each, names, pair) in enumerate(tasks, start=1)
         )
     )
 
@@ -78,16 +77,19 @@ def measured(place: Place, model: nn.Module, base: set[str]) -> FeatureBatches |
     if place.stage == 0:
         return None
     task = place.sequence[place.stage - 1]
-    return FeatureBatches(lambda: _cache(place, model), task.train, f"{task.name}-train")
+    labels_N = _labels(place, task.train)
+    return FeatureBatches(lambda: _cache(place, model), task.train, labels_N, f"{task.name}-train")
 
 
 def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
     """The class that the model gives to each test image of every stage so far."""
-    names, found = classes_of(place.sequence, place.stage), _cache(place, model)
-    return {
-        task.name: _answered(model, names, task, *found.of(task.eval, f"{task.name}-test"))
-        for task in place.sequence.tasks[: place.stage]
-    }
+    names, cache = classes_of(place.sequence, place.stage), _cache(place, model)
+    found = {}
+    for task in place.sequence.tasks[: place.stage]:
+        features_ND = cache.of(task.eval, f"{task.name}-test")
+        labels_N = _labels(place, task.eval)
+        found[task.name] = _answered(model, names, task, features_ND, labels_N)
+    return found
 
 
 def drift(place: Place, model: nn.Module, state: State) -> Drift:
@@ -95,13 +97,22 @@ def drift(place: Place, model: nn.Module, state: State) -> Drift:
     return Drift()
 
 
+def _labels(place: Place, samples: Labelled) -> Tensor:
+    """The places of a set's classes in the class order, without opening an image."""
+    places = place.collator.places
+    return torch.tensor([places[samples.names[target]] for target in samples.targets])
+
+
 def _cache(place: Place, model: nn.Module) -> FeatureCache:
+    recipe = place.recipe
+    precision = {key: recipe.training.get(key) for key in ("bf16", "fp16")}
+    how = (place.collator.preset.key, precision, engine.launched_precision())
     return FeatureCache(
-        Path(place.recipe.output_dir) / "features",
+        Path(recipe.output_dir) / "features",
         model,
         replace(place.collator, training=False),
-        place.collator.preset.key,
-        batch_size=place.recipe.eval.batch_size,
+        f"{how} {recipe.model.attn_implementation}",
+        batch_size=recipe.eval.batch_size,
         quiet=place.quiet,
     )
 

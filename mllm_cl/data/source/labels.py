@@ -25,12 +25,13 @@ class RowPictures:
     rows: Rows
     format: Format
     root: Path
+    split: str
 
     def id(self, index: int) -> str:
         file, row = self.rows.place(index)
         if row is None:
             return os.path.relpath(file, self.root.parent)
-        return f"{Path(file).stem}-{row}"
+        return f"{self.split}/{Path(file).stem}-{row}"  # splits may have files of one name
 
     def place(self, index: int) -> tuple[str, int | None]:
         return self.rows.place(index)
