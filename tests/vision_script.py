@@ -121,6 +121,9 @@ def main(out: Path) -> None:
     if engine.rank() == 0:
         kept = {name: value.contiguous().clone() for name, value in tensors.items()}
         save_file(kept, out / f"{expected}.safetensors")
+    engine.barrier()  # who leaves while another still talks to it aborts
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
