@@ -149,7 +149,7 @@ def _step(
     if before is not None:
         earlier = load_tensors(record.state_file(record.stage_folder(folder, before)))
         restore_state(trainer.model, earlier)
-    trainer.measured = setting.measured(place, trainer.bare_model(), base)
+    trainer.measured = setting.measured(place, trainer.bare_model())
     if stage == 0 and engine.rank() == 0:
         if recipe.model.load_in_4bit:
             record.tell_what_is_packed(trainer.model)

@@ -3,6 +3,8 @@
 B batch, C classes, D feature width.
 """
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -118,8 +120,20 @@ class Prototype(Head):
         """Places for classes of which no sample was seen yet."""
         super().grow(number)
         rows_CD, rows_C = self.sum_CD.new_zeros(number, self.width), self.count_C.new_zeros(number)
-        self.sum_CD, self.count_C = _cat(self.sum_CD, rows_CD), _cat(self.count_C, rows_C)
-        self._added_CD, self._added_C = _cat(self._added_CD, rows_CD), _cat(self._added_C, rows_C)
+        self.sum_CD = torch.cat([self.sum_CD, rows_CD])
+        self.count_C = torch.cat([self.count_C, rows_C])
+        self._added_CD = torch.cat([self._added_CD, rows_CD])
+        self._added_C = torch.cat([self._added_C, rows_C])
+
+    def learn(self, number: int, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Grow by `number` classes, count this process's share of their samples (`features` and
+        `labels`), and return what has to be remembered of all classes. Collective.
+        """
+        self.grow(number)
+        for batch in batches:
+            self.add(batch["features"], batch["labels"])
+        self.share()
+        return {"sum": self.sum_CD, "count": self.count_C}
 
     def add(self, features_BD: Tensor, labels_B: Tensor) -> None:
         """Count samples of this process; `share` makes them part of the means."""
@@ -194,9 +208,5 @@ def _drawn(head: Linear | Cosine, bound: float) -> Tensor:
 
 def _longer(parameter: nn.Parameter, new: Tensor) -> nn.Parameter:
     """A parameter of the old rows and the new, in the place of the old one."""
-    rows = _cat(parameter.detach(), new.to(parameter))
+    rows = torch.cat([parameter.detach(), new.to(parameter)])
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
-
-
-def _cat(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)

@@ -56,11 +56,8 @@ class Setting(Protocol):
     def callbacks(self, collator: Collator) -> list[TrainerCallback]:
         """What the Trainer tells of its progress."""
 
-    def measured(self, place: Place, model: nn.Module, base: set[str]) -> Batches | None:
-        """What the method measures of the stage's task; None: a selection of what it trains on.
-
-        `base` are the names of the incoming model's own weights. Collective where it is not None.
-        """
+    def measured(self, place: Place, model: nn.Module) -> Batches | None:
+        """What the method measures of the stage's task; None: a selection of what it trains on."""
 
     def answers(self, place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
         """What the model as it is now, which `state` makes differ from its base, answers to each

@@ -72,7 +72,7 @@ def callbacks(collator: PixelCollator) -> list[TrainerCallback]:
     return [Epochs(collator)]
 
 
-def measured(place: Place, model: nn.Module, base: set[str]) -> FeatureBatches | None:
+def measured(place: Place, model: nn.Module) -> FeatureBatches | None:
     """The features of all images of the stage's task, as the model makes them when asked."""
     if place.stage == 0:
         return None

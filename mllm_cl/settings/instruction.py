@@ -49,7 +49,7 @@ def callbacks(collator: ChatCollator) -> list[TrainerCallback]:
     return []
 
 
-def measured(place: Place, model: nn.Module, base: set[str]) -> None:
+def measured(place: Place, model: nn.Module) -> None:
     """A selection of what the method trains on."""
 
 

@@ -70,11 +70,7 @@ class APER(Method):
         if task.index == 1:
             show_both(model.encoder)
             model.head = Prototype(model.encoder.width)
-        model.head.grow(len(task.labels))
-        for batch in batches:
-            model.head.add(batch["features"], batch["labels"])
-        model.head.share()
-        memory.put(self.name, {"sum": model.head.sum_CD, "count": model.head.count_C})
+        memory.put(self.name, model.head.learn(len(task.labels), batches))
 
     def _attached(self, encoder: nn.Module) -> dict[str, nn.Parameter]:
         if self.adaptation == "adapter":
