@@ -3,12 +3,15 @@ cpu --dtype bfloat16`, `--device cuda --layers 4 --tokens 4096`.
 
 Layers of Qwen3-VL-30B-A3B's language model (2048 wide, 128 experts of 768, 8 a token). Everywhere
 a LoRA on attention trains; then nothing else (`frozen experts`), PEFT's `target_parameters`,
-`expert_lora`, and `same` on both, routers too, its guards full of a second task's bases.
+`expert_lora`, and `same` on both, routers too, its guards full of a second task's bases. On a GPU
+also how often the host waits for it within a step: what a method adds to the frozen model's should
+be nothing.
 """
 
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -63,7 +66,7 @@ class Peft:
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self.trained:
             weight.data = weight.data.float()
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
     step = Variant.step
 
@@ -108,7 +111,23 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     model, batch = made(arguments), batch_of(arguments.tokens, arguments.device)
     steps = {name: step_of(name, sharing(model), batch) for name in NAMES}
     timings = timing.compare(steps, rounds=arguments.rounds, warmup=2, device=arguments.device)
-    return timing.rows(timings, baseline="frozen experts", context=context_of(arguments))
+    rows = timing.rows(timings, baseline="frozen experts", context=context_of(arguments))
+    if arguments.device == "cuda":
+        for row in rows:
+            row["waits"] = waits(steps[row["variant"]])
+    return rows
+
+
+def waits(step: Callable[[], None]) -> int:
+    """How often the host waits for the GPU in a step that was made before."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in told)
 
 
 def context_of(arguments: argparse.Namespace) -> dict:
@@ -138,7 +157,9 @@ def main() -> None:
     for key in ("device", "dtype", "layers", "experts", "tokens"):
         command += [f"--{key}", str(vars(arguments)[key])]
     found += timing.peak_rows(command, list(NAMES), context_of(arguments))
-    print(timing.table("experts", found, ("variant", "median_ms", "ratio")))
+    columns = ("variant", "median_ms", "ratio", "waits")
+    shown = [{"waits": "", **row} for row in found]
+    print(timing.table("experts", shown, columns))
     if arguments.json:
         with open(arguments.json, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)

@@ -3,7 +3,8 @@
 
 Cells that are done are not run again. `--set same:--method.damping=0.3` adds settings to one
 method, and `--set NAME=same:…` gives a variant a name of its own. `--table` prints mean and 95 %
-interval of what is there. Each recipe wants `--rows` and `--folder` of its own.
+interval of what is there. Each recipe wants `--rows` and `--folder` of its own. Of classes that
+come in stages `--vary classes.order --seeds 1993,1994,1995` gives three orders.
 """
 
 import argparse
@@ -25,12 +26,24 @@ FIGURES = (
     "memory_bytes",
     "seconds",
 )
+CLASS_FIGURES = (
+    "average_incremental",
+    "last",
+    "forgetting",
+    "old",
+    "new",
+    "zero_shot_unseen",
+    "memory_bytes",
+    "seconds",
+)
 
 
-def cell(recipe: str, variant: str, method: str, words: list[str], seed: int, folder: Path) -> dict:
-    """Run one cell and return its row."""
+def cell(
+    recipe: str, variant: str, method: str, words: list[str], seed: int, folder: Path, vary: str
+) -> dict:
+    """Run one cell and return its row; `seed` is the value of the setting `vary`."""
     output = folder / f"{variant}-{seed}"
-    command = ["-m", "mllm_cl", "run", recipe, "--method.name", method, "--seed", str(seed)]
+    command = ["-m", "mllm_cl", "run", recipe, "--method.name", method, f"--{vary}", str(seed)]
     start = time.time()
     subprocess.run(
         [sys.executable, *command, "--output_dir", str(output), *words],
@@ -50,6 +63,9 @@ def figures(output: Path) -> dict[str, float | None]:
     scores = json.loads((output / "scores.json").read_text())
     last = scores["rows"][-1]["scores"]
     stage = max(output.glob("task_*"), key=lambda path: int(path.name.removeprefix("task_")))
+    kept = json.loads((stage / "manifest.json").read_text())["memory_bytes"]
+    if "average_incremental" in scores["summary"]:
+        return {**scores["summary"], "memory_bytes": kept, "scores": last}
     drift = json.loads((stage / "drift.json").read_text())
     first = [
         row["overlap"]
@@ -66,7 +82,7 @@ def figures(output: Path) -> dict[str, float | None]:
         "forgetting": scores["summary"].get("forgetting"),
         "retain_average": scores["summary"].get("retain_average"),
         "overlap": sum(first) / len(first) if first else None,
-        "memory_bytes": json.loads((stage / "manifest.json").read_text())["memory_bytes"],
+        "memory_bytes": kept,
         "scores": last,
     }
 
@@ -82,6 +98,8 @@ def told(values: list[float]) -> str:
 
 def table(rows: list[dict]) -> str:
     """One Markdown line per variant."""
+    if any("average_incremental" in row for row in rows):
+        return _lines(rows, [name for name in CLASS_FIGURES if any(name in row for row in rows)])
     return _lines(rows, ["average_of_all", *[name for name in FIGURES if name != "average"]])
 
 
@@ -121,6 +139,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--methods", default="")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--vary", default="seed", help="what takes the values of --seeds")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/quality.jsonl"))
@@ -136,7 +155,8 @@ def main() -> None:
         for variant, (method, words) in variants.items():
             if any((row["variant"], row["seed"]) == (variant, seed) for row in rows):
                 continue
-            rows.append(cell(arguments.recipe, variant, method, words, seed, arguments.folder))
+            place = arguments.folder, arguments.vary
+            rows.append(cell(arguments.recipe, variant, method, words, seed, *place))
             with arguments.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(

@@ -70,7 +70,7 @@ class Variant:
         self.method.before_task(model, self.task, self.memory)
         self.boundary_seconds = self._second_task()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.trained = trained
         model.train()
 

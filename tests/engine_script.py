@@ -28,11 +28,12 @@ class Case:
     mixed: bool = False
     native: bool = False  # the model's own experts train, through adapters
     skewed: bool = False  # every token of the second of two processes goes to the same experts
+    balanced: bool = False  # with the balancing loss of routers, which each micro-batch has its own
 
     @property
     def name(self) -> str:
         way = "checkpointed" if self.checkpointing else "plain"
-        kinds = [kind for kind in ("mixed", "native", "skewed") if getattr(self, kind)]
+        kinds = [kind for kind in ("mixed", "native", "skewed", "balanced") if getattr(self, kind)]
         return "/".join([self.method, self.kind, way, str(self.accumulation), *kinds])
 
     @property
@@ -78,6 +79,7 @@ def cases(engine: str = "single") -> list[Case]:
     found += [Case("expert_lora", "qwen3-vl-moe", False, 1, native=True)]
     found += [Case("same", "qwen3-vl-moe", way, 1, native=True) for way in (False, True)]
     found += [Case("same", "qwen3-vl-moe", False, 1, native=True, skewed=True)]
+    found += [Case("same", "qwen3-vl-moe", False, 1, native=True, balanced=True)]
     found += [
         Case(method, kind, False, 1, mixed=True)
         for method, kind in (("finetune", "qwen3-vl-moe"), ("same", "llava"))
@@ -165,6 +167,8 @@ def method_of(case: Case):
         }
     if case.native:
         settings |= {"experts": "lora", "lora_target_modules": (), "lora_r": 4}
+    if case.balanced:
+        settings["router_aux_loss_coef"] = 0.2
     if case.mixed:  # a regular expression reaches the vision tower too
         settings["lora_target_modules"] = r".*\.(q_proj|qkv|linear_fc1)"
     if case.method == "finetune":
@@ -272,10 +276,11 @@ def make_trainer(case: Case, models: Path, memory, folder: Path, task_name: str,
     from mllm_cl.recipe import ModelBlock
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = case.accumulation * (2 if case.balanced and world == 1 else 1)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8 // world // case.accumulation,
-        gradient_accumulation_steps=case.accumulation,
+        per_device_train_batch_size=8 // world // accumulation,
+        gradient_accumulation_steps=accumulation,
         max_steps=NUM_STEPS,
         learning_rate=1e-3,
         weight_decay=0.01,

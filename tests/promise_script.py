@@ -1,6 +1,6 @@
 """What engines promise besides the losses of a Trainer: a loop of one's own learns the same, and
-notices what does not train, small updates of a bf16 model arrive, and scores before and after
-training are of one precision.
+notices what does not train, experts that one process has no tokens for train, small updates of a
+bf16 model arrive, and scores before and after training are of one precision.
 
 python promise_script.py OUT MODELS      # OUT/promise-ENGINE.safetensors
 torchrun --standalone --nproc_per_node 2 promise_script.py OUT MODELS
@@ -93,6 +93,51 @@ def verdict(models: Path) -> dict:
     return {"flawed::named": torch.tensor(engine.gather([named]))}
 
 
+def lopsided() -> dict:
+    """Displacements after four steps of an Ernie, whose text and pictures have experts each, where
+    one of two processes never has a picture.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    from families import FAMILIES, inputs
+    from mllm_cl import Memory, engine, load_method
+    from mllm_cl.model.idle import visit_idle
+    from mllm_cl.model.surgery import guards
+    from toy_run import toy_tasks
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=os.environ["EXPECTED_ENGINE"] != "fsdp2")
+    accelerator = Accelerator()
+    with engine.unsharded_loading():
+        model = FAMILIES["ernie4_5_vl_moe"]()
+    settings = {"experts": "lora", "lora_target_modules": (), "num_experts": 0, "router": "free"}
+    method = load_method("same")(**settings, activation="none")
+    method.before_task(model, toy_tasks()[0], Memory())
+    engine.make_ready(accelerator, model)
+    visit_idle(model)
+    text = inputs(model)
+    text["labels"] = text["input_ids"].clone()
+    both = text | {"moe_mm_token_type_ids": (text["input_ids"] < 50).int()}
+    mine = (text, both) if accelerator.num_processes == 1 else ((text, both)[engine.rank()],)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    if accelerator.state.deepspeed_plugin is not None:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = len(text["input_ids"])
+    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    for _ in range(4):
+        for batch in mine:
+            accelerator.backward(wrapped(**batch).loss / len(mine))
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)  # DeepSpeed does by itself
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {key: engine.full(one.delta).float() for key, one in guards(model).items()}
+    accelerator.free_memory()
+    return {f"lopsided::{name}": delta for name, delta in moved.items()}
+
+
 def trainer_of(models: Path, folder: Path, *, dtype: str, rate: float, use_peft: bool):
     """A Trainer that makes one step of AdamW under bf16 mixed precision."""
     from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
@@ -182,6 +227,7 @@ def main(out: Path, models: Path) -> None:
                 remember(case, models, folder).save(past)
             found |= loop(case, models, Memory.load(past))
         found |= verdict(models)
+        found |= lopsided()
         for use_peft in (True, False):
             found |= steps(models, folder, use_peft=use_peft)
         for trains in (False, True):

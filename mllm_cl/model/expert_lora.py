@@ -94,34 +94,50 @@ class Groups:
         return cls(ends_E, grouped, tuple(span for span in spans if span[1] < span[2]))
 
     def product(self, input_ND: Tensor, weight_EDO: Tensor | Packed) -> Tensor:
-        """x_n W_e(n): (N, O).
+        """x_n W_e(n): (N, O), in the wider of both dtypes.
 
         Of packed weights those of experts with rows are unpacked, one after another.
         """
         if self.grouped and torch.is_tensor(weight_EDO):
             return F.grouped_mm(input_ND, weight_EDO, offs=self.ends_E)
-        # Rows that no expert takes (there are none in a model as it comes) stay zero.
-        out_NO = input_ND.new_zeros(input_ND.shape[0], weight_EDO.shape[-1])
+        dtype = torch.promote_types(input_ND.dtype, weight_EDO.dtype)
+        out_NO = self._rows(input_ND.shape[0], weight_EDO.shape[-1], input_ND, dtype)
+        # One expert's rows are widened at a time: they stay in the cache, all of them would not.
         for expert, start, end in self.spans:
-            torch.mm(input_ND[start:end], weight_EDO[expert], out=out_NO[start:end])
+            torch.mm(input_ND[start:end].to(dtype), weight_EDO[expert], out=out_NO[start:end])
         return out_NO
+
+    def _rows(self, number: int, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for rows that are all written, or zeros where there are some of no expert, as
+        there are none in a model as it comes.
+        """
+        taken = self.spans[-1][2] if self.spans else 0
+        made = torch.empty if taken == number else torch.zeros
+        return made(number, width, dtype=dtype, device=like.device)
 
     def add_product(self, input_ND: Tensor, weight_EDO: Tensor, out_NO: Tensor) -> Tensor:
         """`out_NO` with x_n W_e(n) added in place, rounded to its dtype."""
-        if self.grouped or input_ND.dtype != out_NO.dtype:
+        if self.grouped:
             return out_NO.add_(self.product(input_ND, weight_EDO))
         for expert, start, end in self.spans:
-            out_NO[start:end].addmm_(input_ND[start:end], weight_EDO[expert])
+            if input_ND.dtype == out_NO.dtype:
+                out_NO[start:end].addmm_(input_ND[start:end], weight_EDO[expert])
+            else:
+                out_NO[start:end].add_(input_ND[start:end] @ weight_EDO[expert])
         return out_NO
 
     def outer(self, left_NO: Tensor, right_ND: Tensor) -> Tensor:
-        """Sum over each expert's rows of l_n r_n^T: (E, O, D), zero for experts without rows."""
+        """Sum over each expert's rows of l_n r_n^T: (E, O, D), zero for experts without rows; in
+        the wider of both dtypes.
+        """
         if self.grouped:
             return F.grouped_mm(left_NO.mT, right_ND, offs=self.ends_E)
         size = (len(self.ends_E), left_NO.shape[-1], right_ND.shape[-1])
-        sum_EOD = left_NO.new_zeros(size)
+        dtype = torch.promote_types(left_NO.dtype, right_ND.dtype)
+        sum_EOD = left_NO.new_zeros(size, dtype=dtype)
         for expert, start, end in self.spans:
-            torch.mm(left_NO[start:end].mT, right_ND[start:end], out=sum_EOD[expert])
+            left_ON, right_nD = left_NO[start:end].to(dtype).mT, right_ND[start:end].to(dtype)
+            torch.mm(left_ON, right_nD, out=sum_EOD[expert])
         return sum_EOD
 
 
@@ -341,7 +357,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx, input_TD, weight, transposed, A_ERD, B_EOR, scale, places, groups) -> Tensor:
         input_ND = input_TD if places is None else places.gather(input_TD)
         weight_EDO = weight if transposed else weight.mT
-        low_NR = groups.product(input_ND.to(A_ERD.dtype), A_ERD.mT).mul_(scale)
+        low_NR = groups.product(input_ND, A_ERD.mT).mul_(scale)
         output_NO = groups.product(input_ND, weight_EDO)
         # The weight itself, no view of it: ZeRO-3 and FSDP2 put its data back for backward.
         ctx.packed, kept = (weight, None) if isinstance(weight, Packed) else (None, weight)
@@ -357,14 +373,13 @@ class _AdaptedProduct(torch.autograd.Function):
         places, groups = ctx.places, ctx.groups
         grad_NO = grad_NO.contiguous()
         with torch.autocast(grad_NO.device.type, enabled=False):
-            wide_NO = grad_NO.to(B_EOR.dtype)
-            grad_NR = groups.product(wide_NO, B_EOR).mul_(ctx.scale)
+            grad_NR = groups.product(grad_NO, B_EOR).mul_(ctx.scale)
             grad_A = grad_B = grad_input = None
             if ctx.needs_input_grad[4]:
-                grad_B = groups.outer(wide_NO, low_NR)
+                grad_B = groups.outer(grad_NO, low_NR)
             if ctx.needs_input_grad[3]:
                 input_ND = input_TD if places is None else places.gather(input_TD)
-                grad_A = groups.outer(grad_NR, input_ND.to(A_ERD.dtype))
+                grad_A = groups.outer(grad_NR, input_ND)
             if ctx.needs_input_grad[0]:
                 grad_input = groups.product(grad_NO, weight.mT if ctx.transposed else weight)
                 grad_input = groups.add_product(grad_NR, A_ERD, grad_input)

@@ -46,9 +46,11 @@ class Visits:
         nowhere = torch.zeros((), dtype=torch.bool, device=answer.device)
         for name in self.idle:
             said = self.parts[name](answer.new_zeros(0, answer.shape[-1]))
-            for part in said if isinstance(said, tuple) else (said,):
-                if part.requires_grad:
-                    answer = answer.masked_scatter(nowhere, part.to(answer.dtype))
+            # Only what tokens are answered with: ZeRO-3 wants the same backward of all processes,
+            # and nothing else of a part that has tokens meets the loss.
+            said = said[0] if isinstance(said, tuple) else said
+            if said.requires_grad:
+                answer = answer.masked_scatter(nowhere, said.to(answer.dtype))
         return (answer, *rest) if isinstance(output, tuple) else answer
 
 
