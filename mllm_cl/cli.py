@@ -139,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(call=_report)
 
+    other = commands.add_parser("import", help="make a recipe of a PILOT or C3Box JSON config")
+    other.add_argument("config", metavar="CONFIG.json")
+    other.add_argument(
+        "--output", metavar="FILE", help="the recipe; default: the config's name with .yaml, here"
+    )
+    other.set_defaults(call=_import)
+
     out = commands.add_parser(
         "export",
         help="write what a run has learnt as a folder that others open",
@@ -193,10 +200,15 @@ def _do(arguments: argparse.Namespace, stopping) -> int:
 def _forecast(recipes: list, launch: str | None) -> int:
     """Say what each recipe would take; trains nothing."""
     from mllm_cl.forecast import Launch, forecast, tell
+    from mllm_cl.forecast_classes import forecast_classes, tell_classes
 
+    engines = Launch.read(launch) if launch else Launch()
     for recipe in recipes:
         _announce(recipe, recipes)
-        tell(forecast(recipe, Launch.read(launch) if launch else Launch()))
+        if recipe.classes is None:
+            tell(forecast(recipe, engines))
+        else:
+            tell_classes(forecast_classes(recipe, engines))
     return 0
 
 
@@ -255,10 +267,13 @@ def _data(arguments: argparse.Namespace) -> int:
     from mllm_cl.recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    if recipe.classes is not None:
+        from mllm_cl.data.check_classes import check_classes
+
+        return check_classes(recipe)
     from mllm_cl.data.check import check
     from mllm_cl.settings.instruction import processor_of
 
-    recipe.refuse_classes("data check")
     return check(recipe, processor_of(recipe))
 
 
@@ -273,15 +288,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.what == "tasks":
         from mllm_cl.data.toy import BASE_SKILLS, TOY_TASKS
+        from mllm_cl.data.toy_classes import SETS
 
         for name in (*BASE_SKILLS, *TOY_TASKS):
             print(f"toy:{name}")
+        for name in SETS:
+            print(f"toy:{name:24}pictures with classes")
         return 0
     import ast
 
-    from mllm_cl.method import names
+    from mllm_cl.method import SETTINGS, names
 
-    for name, path in names().items():
+    for name, path in (pair for setting in SETTINGS for pair in names(setting).items()):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = " ".join(text.split("\n\n")[0].split())
         print(f"{name:24}{path.parent.name:20}{first}")
@@ -303,6 +321,23 @@ def _report(arguments: argparse.Namespace) -> int:
     home = arguments.runs[0] if len(arguments.runs) == 1 else "."
     path = write(groups, arguments.output or os.path.join(home, "report"))
     print(f"report: {path}")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mllm_cl.pilot import imported
+    from mllm_cl.recipe import RecipeError
+
+    output = Path(arguments.output or f"{Path(arguments.config).stem}.yaml")
+    if output.exists():
+        raise RecipeError("--output", f"{output} is there already; name another file")
+    found = imported(arguments.config)
+    output.write_text(found.text(arguments.config), encoding="utf-8")
+    for key, why in found.unmapped.items():
+        print(f"not in the recipe: {key}: {why}")
+    print(f"recipe: {output}")
     return 0
 
 

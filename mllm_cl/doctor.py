@@ -25,6 +25,7 @@ OPTIONAL = {
     "torchvision": "the processors of Qwen-VL, InternVL and LLaVA-OneVision",
     "kernels": "attention and experts fetched as compiled kernels",
     "flash_attn": "'attn_implementation: flash_attention_2'",
+    "timm": "encoders of timm's checkpoints",
     "trl": "SFTTrainer as the trainer",
 }
 VISION_AHEAD = 15  # torchvision 0.(N + 15) belongs to torch 2.N
@@ -159,19 +160,27 @@ def kernels(facts: Facts, recipe: "Recipe | None" = None) -> list[str]:
     name = "a Qwen3-VL-MoE"
     if recipe is not None:
         settings, name = recipe.model, recipe.model.model_name_or_path
+    of_classes = recipe is not None and recipe.classes is not None
     try:
-        config = empty_model(settings).config
+        config = _encoder_config(settings) if of_classes else empty_model(settings).config
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         return [f"{name} cannot be opened, so nothing is chosen ({_short(error)})"]
     # `attn_implementation` is asked for where weights are loaded; a config alone has the default
     attention = settings.attn_implementation or config._attn_implementation
     lines = [f"attention of {name}: {attention}"]
-    experts = config.get_text_config()._experts_implementation
-    lines.append(f"experts, where a model has them: {experts}")
+    if not of_classes:
+        experts = config.get_text_config()._experts_implementation
+        lines.append(f"experts, where a model has them: {experts}")
     flash = facts.versions.get("flash_attn") or facts.versions.get("kernels")
     if facts.gpus and not flash:
         lines.append("flash attention: neither flash_attn nor kernels is installed; sdpa is used")
     return lines
+
+
+def _encoder_config(settings):
+    from mllm_cl.model.encoder import empty_encoder
+
+    return empty_encoder(settings).backbone.config
 
 
 def known(facts: Facts) -> list[str]:
@@ -260,17 +269,24 @@ def _launch(facts: Facts) -> Iterable[Problem]:
 
 def reach(recipe: "Recipe") -> tuple[list[str], list[str]]:
     """What of a recipe opens, and what does not: model, processor and every set of data."""
-    from mllm_cl.data import read
     from mllm_cl.model.load import location
 
-    recipe.refuse_classes("doctor")
     fine, bad = [], []
     where = recipe.model.model_name_or_path
-    for what, opened in (("processor", _open_processor), ("weights", _find_weights)):
+    first = ("processor", _open_processor) if recipe.classes is None else ("encoder", _open_encoder)
+    for what, opened in (first, ("weights", _find_weights)):
         try:
             fine.append(f"{what} of {where}: {opened(recipe, location(where))}")
         except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             bad.append(f"the {what} of {where} cannot be reached: {_short(error)}")
+    more = _reach_tasks(recipe) if recipe.classes is None else _reach_classes(recipe)
+    return [*fine, *more[0]], [*bad, *more[1]]
+
+
+def _reach_tasks(recipe: "Recipe") -> tuple[list[str], list[str]]:
+    from mllm_cl.data import read
+
+    fine, bad = [], []
     for block in (*recipe.tasks, *recipe.retain):
         sizes = []
         for split in ("train", "test"):
@@ -282,6 +298,28 @@ def reach(recipe: "Recipe") -> tuple[list[str], list[str]]:
         if sizes:
             fine.append(f"data of {block.name} ({block.data}): {', '.join(sizes)}")
     return fine, bad
+
+
+def _reach_classes(recipe: "Recipe") -> tuple[list[str], list[str]]:
+    from mllm_cl.settings.class_incremental import tasks_of
+
+    try:
+        sequence = tasks_of(recipe)
+    except ValueError as error:
+        return [], [_short(error)]
+    train, test = (sum(len(vars(task)[side]) for task in sequence) for side in ("train", "eval"))
+    stages = f"{len(sequence)} stages, {train} pictures to train, {test} to test"
+    return [f"data of {recipe.classes.data}: {stages}"], []
+
+
+def _open_encoder(recipe: "Recipe", where: str) -> str:
+    """What sees and what prepares pictures; and what reads class names, where a method needs it."""
+    from mllm_cl.model.encoder import empty_encoder
+    from mllm_cl.settings.class_incremental import classifier
+
+    model, pixels = classifier(recipe, empty_encoder)
+    seen = f"{type(model.encoder.backbone).__name__}, {model.encoder.width} features"
+    return f"{seen}, pictures prepared by {pixels.key}"
 
 
 def _open_processor(recipe: "Recipe", where: str) -> str:

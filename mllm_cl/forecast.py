@@ -16,7 +16,6 @@ from torch import nn
 from mllm_cl import engine
 from mllm_cl.data.chat import ChatCollator
 from mllm_cl.memory import Memory
-from mllm_cl.method import Displaced
 from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.load import empty_model
 from mllm_cl.model.surgery import guards
@@ -88,15 +87,15 @@ class Forecast:
     notes: tuple[str, ...] = field(default=())
 
 
-def forecast(recipe: Recipe, launch: Launch) -> Forecast:
-    """What the first task of `recipe` would take under `launch`.
+def forecast(recipe: Recipe, launch: Launch, longest: int | None = None) -> Forecast:
+    """What the first task of `recipe` would take under `launch`, with samples of up to `longest`
+    tokens: as many as a few samples have, if None.
 
     Weights, gradients, Adam's moments and guards are counted from shapes. Activations are an
     estimate for the longest of a few samples: 34 bytes per token, width and layer in 16 bits
     (arXiv:2205.05198 eq. 1 with fused attention), 2 of them kept per layer with gradient
     checkpointing, and the logits in fp32 with their gradient.
     """
-    recipe.refuse_classes("--dry-run")
     try:
         model = empty_model(recipe.model)
     except ValueError as error:
@@ -109,7 +108,7 @@ def forecast(recipe: Recipe, launch: Launch) -> Forecast:
     except ValueError as error:
         raise RecipeError("method", str(error)) from error
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    longest = _longest(recipe, sequence)
+    longest = longest or _longest(recipe, sequence)
     return Forecast(
         parameters=total,
         trained={
@@ -129,10 +128,10 @@ def _steps_of(recipe: Recipe, launch: Launch, sequence: TaskSequence) -> dict[st
     sizes = {task.name: len(task.train) for task in sequence}
     if recipe.method.trains_once:
         sizes = {"all tasks at once": sum(sizes.values())}
-    return {name: _steps(recipe, launch, size) for name, size in sizes.items()}
+    return {name: steps(recipe, launch, size) for name, size in sizes.items()}
 
 
-def _steps(recipe: Recipe, launch: Launch, samples: int) -> int:
+def steps(recipe: Recipe, launch: Launch, samples: int) -> int:
     """Optimizer steps for a task of so many samples, what a method adds to them left out."""
     training = recipe.training
     if training.get("max_steps", -1) > 0:
@@ -159,25 +158,16 @@ def _device_bytes(
 ) -> dict[str, int]:
     weights = list(model.parameters())
     number = sum(weight.numel() for weight in weights if weight.requires_grad)
-    held = guards(model).values()
-    bases = sum(prod(one.displacement.shape[:-2]) * _basis(recipe, one) for one in held)
+    displaced = sum(one.displacement.nbytes for one in guards(model).values())
     return {
         "frozen weights": (sum(w.nbytes for w in weights if not w.requires_grad) - saved)
         // launch.shards("weights"),
         "trained weights": 4 * number // launch.shards("weights"),
         "gradients": 4 * number // launch.shards("gradients"),
         "Adam's moments": 8 * number // launch.shards("moments"),
-        "guards": sum(4 * one.displacement.numel() for one in held) + bases,
+        "guards": displaced + recipe.method.forecast_guard_bytes(model),
         "activations (estimate)": _activations(recipe, launch, model, longest),
     }
-
-
-def _basis(recipe: Recipe, one) -> int:
-    """Bytes of one guard's basis from the second task on, at most."""
-    if isinstance(recipe.method, Displaced):
-        return 0  # its guards forbid nothing
-    dim = one.displacement.shape[-1]
-    return 4 * dim * min(dim, vars(recipe.method).get("rank", dim))
 
 
 def _activations(recipe: Recipe, launch: Launch, model: nn.Module, longest: int) -> int:
@@ -205,20 +195,12 @@ def _longest(recipe: Recipe, sequence: TaskSequence) -> int:
 def tell(found: Forecast) -> None:
     """Print a forecast: what trains, and a table of bytes."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     console.print(anatomy.shape_table(found.trained, "trained"))
     number = sum(prod(shape) for shape in found.trained.values())
     print(f"{number:,} of {found.parameters:,} parameters train ({number / found.parameters:.2%})")
-    launch = found.launch
-    table = Table(title=f"per process: {launch.engine}, {launch.num_processes} processes")
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
-    for name, size in found.device_bytes.items():
-        table.add_row(name, human(size))
-    table.add_row("together", human(sum(found.device_bytes.values())), style="bold")
-    console.print(table)
+    console.print(bytes_table(found.launch, found.device_bytes))
     told = ", ".join(f"{name} {number}" for name, number in found.steps.items())
     print(f"optimizer steps: {told or 'none'}")
     few = [name for name, number in found.steps.items() if number < FEW]
@@ -226,6 +208,19 @@ def tell(found: Forecast) -> None:
         print(f"fewer than {FEW} steps seldom teach anything: {', '.join(few)}")
     print(f"longest sample looked at: {found.longest} tokens")
     print(f"kept between tasks: at most {human(found.kept_bytes)}")
+
+
+def bytes_table(launch: Launch, device_bytes: Mapping[str, int]):
+    """The bytes of a process as a table for rich."""
+    from rich.table import Table
+
+    table = Table(title=f"per process: {launch.engine}, {launch.num_processes} processes")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    for name, size in device_bytes.items():
+        table.add_row(name, human(size))
+    table.add_row("together", human(sum(device_bytes.values())), style="bold")
+    return table
 
 
 def human(size: int) -> str:

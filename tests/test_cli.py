@@ -112,11 +112,11 @@ def test_tasks_are_listed(capsys):
 
 
 def test_every_method_is_listed_with_its_setting(capsys):
-    from mllm_cl.method import names
+    from mllm_cl.method import SETTINGS, names
 
     assert cli.main(["list", "methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [[n, p.parent.name] for n, p in names().items()]
+    assert [line.split()[:2] for line in lines] == [[n, s] for s in SETTINGS for n in names(s)]
 
 
 def test_a_report_prints_the_matrix_and_draws_it(tmp_path, capsys):

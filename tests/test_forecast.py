@@ -10,6 +10,7 @@ import yaml
 from mllm_cl import Memory, load_method
 from mllm_cl.forecast import Launch, forecast, tell
 from mllm_cl.model.load import empty_model, load_model
+from mllm_cl.model.surgery import guards
 from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
 from mllm_cl.runner import run
 from toy_run import learn, load, toy_tasks
@@ -158,3 +159,35 @@ def test_a_buffer_is_forecast_as_full(name, tiny_folder):
     empty = empty_model(ModelBlock(model_name_or_path=str(folder)))
     learn(load(folder), folder, method, second, memory, steps=1, past=[first])
     assert 2**14 < method.kept_bytes(memory) <= method.forecast_bytes(empty, 2)
+
+
+GUARDED = [
+    ({"num_experts": 4, "rank": 8}, "llava"),
+    ({"num_experts": 0, "rank": 8}, "qwen3-vl-moe"),
+    ({"num_experts": 0, "experts": "lora", "expert_rank": 4, "rank": 8}, "qwen3-vl-moe"),
+]
+
+
+@pytest.mark.parametrize(("settings", "kind"), GUARDED, ids=str)
+def test_the_bytes_of_guards_are_forecast(settings, kind, tiny_folder, tmp_path):
+    """From the second task on, when there are bases; one that is shared counts once."""
+    folder, memory, tasks = tiny_folder[kind], Memory(), toy_tasks()
+    method = load_method("same")(
+        lora_target_modules=("q_proj", "o_proj"), lora_r=4, calibration_tokens=200, **settings
+    )
+    model = load(folder)
+    for task in tasks:
+        learn(model, folder, method, task, memory, steps=1)
+    held = {}
+    for one in guards(model).values():
+        for part in (one.displacement, one.g.basis_DK, one.g.turn_KK):
+            if part is not None:
+                held[part.data_ptr()] = part.nbytes
+    tree = {
+        "model": {"model_name_or_path": str(folder), "lora_r": 4},
+        "method": {"name": "same", **settings},
+        "tasks": [{"name": "arrow", "data": "toy:arrow", "train_size": 4, "eval_size": 4}],
+    }
+    tree["model"]["lora_target_modules"] = ["q_proj", "o_proj"]
+    said = forecast(Recipe.from_tree(tree, "recipe.yaml"), Launch()).device_bytes["guards"]
+    assert sum(held.values()) <= said <= 1.6 * sum(held.values())

@@ -3,10 +3,11 @@ reader's light or dark page.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mllm_cl.report.series import Panel, Series
+from mllm_cl.report.stages import Curve, Plane
 
 WIDTH, HEIGHT = 420, 230
 LEFT, TOP, BOTTOM = 34, 12, 46  # room around the lines; names may be slanted below
@@ -38,6 +39,7 @@ class Chart:
     yticks: list[tuple[float, str]]
     right: float
     slanted: bool
+    in_place: bool = False  # lines are named where they end
     width: int = WIDTH
     height: int = HEIGHT
     bottom: float = HEIGHT - BOTTOM
@@ -91,6 +93,45 @@ def _line(one: Series, index: int, place: Mapping[str, float], top: float) -> Li
         dots,
         (x, y),
     )
+
+
+def plane(shown: Plane) -> Chart:
+    """The geometry of curves over a scale of numbers."""
+    right = WIDTH - 14 - LETTER * max(len(_short(one.label)) for one in shown.curves)
+    every = [x for x, _ in shown.ticks] + [p.x for one in shown.curves for p in one.points]
+    least, most = min(every), max(every)
+
+    def place(x: float) -> float:
+        return LEFT + (right - LEFT) * (x - least) / ((most - least) or 1)
+
+    lines = [_curve(one, place) for one in shown.curves]
+    if not shown.in_place:
+        lines = _apart(lines, gap=min(12.0, (HEIGHT - BOTTOM - TOP) / len(lines)))
+    return Chart(
+        shown.title,
+        lines,
+        xticks=[(round(place(x), 1), text) for x, text in shown.ticks],
+        yticks=[(round(_height(y, 1.0), 1), f"{y:.2g}") for y in _ticks(1.0)],
+        right=right,
+        slanted=False,
+        in_place=shown.in_place,
+        height=HEIGHT - BOTTOM + 24,
+    )
+
+
+def _curve(one: Curve, place: Callable[[float], float]) -> Line:
+    dots, high, low = [], [], []
+    for point in one.points:
+        x, y, half = place(point.x), point.y.mean, point.y.half
+        told = f"{one.label}, {point.where}: {y:.3f}"
+        if not math.isnan(half):
+            told += f" ± {half:.3f}"
+            high, low = [*high, (x, y + half)], [(x, y - half), *low]
+        dots.append((round(x, 1), round(_height(y, 1.0), 1), told))
+    path = _path([(place(point.x), point.y.mean) for point in one.points], 1.0)
+    band = f"{_path([*high, *low], 1.0)}Z" if len(high) > 1 else ""
+    dashed, colour = one.number >= NUM_COLOURS, one.number % NUM_COLOURS
+    return Line(_short(one.label), colour, dashed, path, "", band, dots, dots[-1][:2])
 
 
 def _path(points: Sequence[tuple[float, float]], top: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_cl.metrics.scores import matrix
+from mllm_cl.report.runs import scored
 from mllm_cl.report.terminal import line
 
 MOST_NUMBERS = 450  # in one table: of more, nobody reads them, and drawing them takes long
@@ -18,7 +19,7 @@ def draw(scores: Mapping[str, Any], path: str | os.PathLike) -> None:
     Rows are stages and columns tasks; retained data stands apart on the right, and a frame marks
     the task that a row has just learnt.
     """
-    tasks, retain, rows = list(scores["tasks"]), list(scores["retain"]), scores["rows"]
+    tasks, retain, rows = list(scores["tasks"]), list(scores["retain"]), scored(scores)
     width = 2.4 + 0.78 * (len(tasks) + len(retain)) + (0.3 if retain else 0)
     figure = blank(max(width, 6.8), 1.9 + 0.46 * len(rows))
     ratios = [len(tasks), *([len(retain)] if retain else [])]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mllm_cl.metrics.scores import matrix
-from mllm_cl.report.runs import Group, Run, Stage
+from mllm_cl.report.runs import Group, Run, Stage, scored
 
 DRIFTS = {
     "inputs": "Inputs",
@@ -54,7 +54,7 @@ def scores(group: Group, columns: Sequence[str], title: str, key: str = "scores"
 
     The rows are those of the seed that has come farthest; a cell is the mean of who has it.
     """
-    rows = max((run.scores["rows"] for run in group.runs), key=len)
+    rows = max((scored(run.scores) for run in group.runs), key=len)
     names = [row["after"] for row in rows]
     each = [_aligned(run, names, columns, key) for run in group.runs]
     values = [

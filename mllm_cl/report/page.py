@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_cl.report import charts, grids, series, words
+from mllm_cl.report import charts, grids, series, stages, words
 from mllm_cl.report.charts import Chart, Strip
 from mllm_cl.report.costs import cost, duration, size
 from mllm_cl.report.grids import DRIFTS, ROUTING, Grid
@@ -73,7 +73,10 @@ def _content(groups: Sequence[Group]) -> dict[str, Any]:
         "matrix": _matrix(best),
         "tiles": _tiles(best),
         "rows": _method_rows(groups) if len(runs) > 1 else [],
-        "compared": list(words.NUMBERS.values()),
+        "compared": list(words.numbers(groups).values()),
+        "of_classes": all(group.of_classes for group in groups),
+        "by_name": bool(stages.by_name(groups)),
+        "curves": [charts.plane(one) for one in stages.planes(groups)],
         "repeated": [note for group in groups if (note := _repeated(group))],
         "alike": len({(*group.tasks, "|", *group.retain) for group in groups}) == 1,
         "times": [(group.label, _charts(series.over_time(group))) for group in groups],
@@ -124,16 +127,20 @@ def _routing(group: Group) -> list[Grid]:
 
 
 def _best(groups: Sequence[Group]) -> Group:
-    """The group that scores best at the end, of those that learnt one task after another."""
+    """The group that scores best at the end, of those that learnt one task after another; of
+    classes, the best that has come to the end.
+    """
+    key = words.main_number(groups)
 
     def rank(group: Group) -> tuple[bool, float]:
-        return group.trains and bool(group.summary("finetune")), _final(group)
+        able = group.trains and bool(group.summary("finetune"))
+        return group.finished if group.of_classes else able, _final(group, key)
 
     return max(groups, key=rank)
 
 
-def _final(group: Group) -> float:
-    found = interval(group.summary("average"))
+def _final(group: Group, key: str) -> float:
+    found = interval(group.summary(key))
     return -1.0 if found is None else found.mean
 
 
@@ -144,17 +151,44 @@ def _title(groups: Sequence[Group]) -> str:
     label = groups[0].label
     if runs > 1:
         return f"{label}, {words.number(runs)} seeds"
-    return f"{label} on {words.number(len(groups[0].tasks))} tasks"
+    count = words.number(len(groups[0].tasks))
+    if groups[0].of_classes:
+        return f"{label} on {stages.num_classes(groups[0])} classes in {count} stages"
+    return f"{label} on {count} tasks"
 
 
 def _subtitle(groups: Sequence[Group]) -> str:
     recipes = [run.recipe for group in groups for run in group.runs]
     models = {str(recipe.get("model", {}).get("model_name_or_path", "?")) for recipe in recipes}
+    data = dict.fromkeys(str(one["classes"]["data"]) for one in recipes if "classes" in one)
     orders = dict.fromkeys(" → ".join(group.tasks) for group in groups)
-    return "  ·  ".join((", ".join(sorted(models)), *orders))
+    return "  ·  ".join((", ".join(sorted(models)), *data, *orders))
 
 
 def _tiles(group: Group) -> list[Tile]:
+    tiles = _class_tiles(group) if group.of_classes else _task_tiles(group)
+    spent = cost(group)
+    if spent:
+        state = f"{size(spent['state'])} kept per stage"
+        tiles.append(Tile(duration(spent["total"]), "time of a run", state))
+    return [tile for tile in tiles if tile.value]
+
+
+def _class_tiles(group: Group) -> list[Tile]:
+    found = {name: _told(interval(group.summary(name))) for name in words.OF_CLASSES}
+    bytes_kept = stages.kept(group)
+    handed_on = "" if bytes_kept is None else size(bytes_kept)
+    return [
+        Tile(found["last"], "A_B", "accuracy over all classes after the last stage"),
+        Tile(found["average_incremental"], "Ā", "mean over stages of that over all classes seen"),
+        Tile(found["performance_drop"], "PD", "after the first stage less after the last"),
+        Tile(found["forgetting"], "forgotten", "best score minus the last, earlier stages"),
+        Tile(found["harmonic_mean"], "old and new", f"{found['old']} and {found['new']}"),
+        Tile(handed_on, "handed on", "by the last stage: trained weights and memory"),
+    ]
+
+
+def _task_tiles(group: Group) -> list[Tile]:
     found = {name: interval(group.summary(name)) for name in (*words.NUMBERS, "retain_change")}
     now, change = found["retain_average"], found["retain_change"]
     tiles = [
@@ -168,11 +202,7 @@ def _tiles(group: Group) -> list[Tile]:
     if kept:
         same = statistics.fmean(row["rerouting_accuracy"] for row in kept.values())
         tiles.append(Tile(f"{same:.2f}", "routed as when learnt", "share of old tasks' tokens"))
-    spent = cost(group)
-    if spent:
-        state = f"{size(spent['state'])} kept per stage"
-        tiles.append(Tile(duration(spent["total"]), "time of a run", state))
-    return [tile for tile in tiles if tile.value]
+    return tiles
 
 
 def _told(found: Interval | None) -> str:
@@ -183,10 +213,10 @@ def _told(found: Interval | None) -> str:
 
 def _method_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """A row per group, the best final mean first."""
-    rows = []
-    for group in sorted(groups, key=_final, reverse=True):
+    rows, first = [], words.main_number(groups)
+    for group in sorted(groups, key=lambda one: _final(one, first), reverse=True):
         cells: list[tuple[str, Strip] | None] = []
-        for key in words.NUMBERS:
+        for key in words.numbers(groups):
             one = interval(group.summary(key))
             cells.append(one and (_told(one), charts.strip(one.mean, one.half, one.values)))
         spent = cost(group)
@@ -197,8 +227,8 @@ def _method_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _repeated(group: Group) -> str:
-    seeds = [run.seed for run in group.runs]
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1}, key=str)
+    draws = [(run.seed, run.order) for run in group.runs]
+    twice = sorted({seed for seed, order in draws if draws.count((seed, order)) > 1}, key=str)
     if not twice:
         return ""
     return f"{group.label} has seed {', '.join(map(str, twice))} more than once: no replicates."
@@ -217,10 +247,13 @@ def _number(value: float, digits: int = 2) -> str:
 
 
 def _short(name: str) -> str:
+    name = re.sub(r"(?<=\d)-(?=\d)", "\N{NON-BREAKING HYPHEN}", name)  # a stage's places
     return name if len(name) <= 24 else f"{name[:23]}…"
 
 
 def _width(names: Sequence[str]) -> str:
     """How wide cells are, in em, so that all columns of a table are alike and names fit."""
-    longest = max((len(part) for name in names for part in re.split(r"[-\s]", name)), default=0)
+    longest = max(
+        (len(part) for name in names for part in re.split(r"\s|-(?!\d)", name)), default=0
+    )
     return f"{min(0.62 * longest + 0.6, 8.6):.1f}"

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_cl.report import grids, series
+from mllm_cl.report import grids, series, stages
 from mllm_cl.report.figure import blank, heat
 from mllm_cl.report.grids import DRIFTS, ROUTING, Grid
 from mllm_cl.report.interval import interval
 from mllm_cl.report.runs import Group
 from mllm_cl.report.series import Panel
-from mllm_cl.report.words import NUMBERS
+from mllm_cl.report.stages import Plane
+from mllm_cl.report.words import numbers
 
 # Okabe and Ito's colours, which all common kinds of colour vision tell apart, less the yellow that
 # is too pale on white. https://jfly.uni-koeln.de/color/
@@ -40,6 +41,7 @@ def pictures(groups: Sequence[Group], folder: Path) -> list[Path]:
     drawn = {name: _draw_lines(panels) for name, panels in lines.items()}
     for name, tables in found.items():
         drawn[name] = _draw_tables(tables, of_drift=name.startswith("drift"))
+    drawn["stages"] = _draw_planes(stages.planes(groups))
     if len(groups) > 1:
         drawn["methods"] = _draw_methods(groups)
     files = {folder / f"{name}.png": figure for name, figure in drawn.items() if figure}
@@ -97,15 +99,52 @@ def _lines(axes: Any, panel: Panel) -> None:
         axes.fill_between(xs[start:], *zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
     axes.set_xticks(range(len(panel.names)), panel.names, rotation=30, ha="right")
     axes.set_ylim(0, panel.top * 1.03)
-    axes.set_title(panel.title, fontsize=9, color="0.35")
+    _plain_axes(axes, panel.title)
+
+
+def _plain_axes(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=9, color="0.35")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.tick_params(labelsize=8)
 
 
+def _draw_planes(planes: Sequence[Plane]) -> Any:
+    """A figure of curves over scales, three side by side, None without data."""
+    if not planes:
+        return None
+    columns, rows = min(3, len(planes)), -(-len(planes) // 3)
+    figure = blank(5.4 * columns, 3.6 * rows)
+    panes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panes[len(planes) :]:
+        axes.set_axis_off()
+    for axes, plane in zip(panes, planes, strict=False):
+        _curves(axes, plane)
+        axes.set_xticks(*zip(*plane.ticks, strict=True))
+        axes.set_ylim(0, 1.03)
+        _plain_axes(axes, plane.title)
+        if not plane.in_place:
+            axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _curves(axes: Any, plane: Plane) -> None:
+    beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+    for one in plane.curves:
+        colour = COLOURS[one.number % len(COLOURS)]
+        dash = "-" if one.number < len(COLOURS) else "--"
+        xs, ys = [point.x for point in one.points], [point.y.mean for point in one.points]
+        axes.plot(xs, ys, "o" + dash, color=colour, markersize=3, label=one.label)
+        band = [(point.y.mean - point.y.half, point.y.mean + point.y.half) for point in one.points]
+        axes.fill_between(xs, *zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
+        if plane.in_place:
+            axes.annotate(one.label, (xs[-1], ys[-1]), color=colour, **beside)
+
+
 def _draw_methods(groups: Sequence[Group]) -> Any:
     """A figure of the means over seeds with their intervals, a row per group; None without data."""
-    known = {key: title for key, title in NUMBERS.items() if any(g.summary(key) for g in groups)}
+    titles = numbers(groups)
+    known = {key: title for key, title in titles.items() if any(g.summary(key) for g in groups)}
     if not known:
         return None
     figure = blank(1.8 + 2.4 * len(known), 1.0 + 0.42 * len(groups))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm_cl.metrics.scores import ZERO_SHOT, table
+from mllm_cl.metrics.stages import summary as stages_summary
 
-_LEFT_OUT = ("seed", "tasks", "retain")  # of a recipe, when replicates are looked for
+# of a recipe, when replicates are looked for: the order of classes is a draw, as the seed is
+_LEFT_OUT = ("seed", "tasks", "retain", "classes.order", "classes.stages")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Run:
         return self.recipe.get("seed")
 
     @property
+    def order(self) -> int | None:
+        """The seed of the order of classes; None where they come in their own, or do not come."""
+        return self.recipe.get("classes", {}).get("order")
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether its tasks are stages of new classes."""
+        return "classes" in self.recipe
+
+    @property
     def method(self) -> str:
         """The method's name, its file's if it is the user's own; the folder's if unknown."""
         name = self.recipe.get("method", {}).get("name")
@@ -50,9 +62,9 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings but the seed and the data, by dotted key."""
+        """All settings but what is drawn and the tasks, by dotted key."""
         kept = {key: value for key, value in self.recipe.items() if key not in _LEFT_OUT}
-        return dict(_flat(kept))
+        return {key: value for key, value in _flat(kept) if key not in _LEFT_OUT}
 
     @property
     def finished(self) -> bool:
@@ -63,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed, and what to call them."""
+    """Runs that differ in nothing but the seed or the order of classes, and what to call them."""
 
     label: str
     runs: tuple[Run, ...]
@@ -75,6 +87,10 @@ class Group:
     @property
     def retain(self) -> list[str]:
         return list(self.runs[0].scores["retain"])
+
+    @property
+    def of_classes(self) -> bool:
+        return all(run.of_classes for run in self.runs)
 
     @property
     def finished(self) -> bool:
@@ -159,13 +175,31 @@ def _scores_so_far(done: Mapping[int, Path]) -> dict[str, Any]:
     rows = [_row(path / "scores.json") for path in done.values()]
     recipe = _read(list(done.values())[-1] / "recipe.json")
     retain = [block["name"] for block in recipe.get("retain", ())]
-    tasks = [block["name"] for block in recipe.get("tasks", ())]
+    tasks = _planned(recipe)
     # What was scored but not yet learnt is still to come, in the order of the recipe.
     scored = (name for row in rows for name in row["scores"])
     tasks += [name for name in dict.fromkeys(scored) if name not in (*tasks, *retain)]
     blocks = recipe.get("tasks", ())
     replaced = {block["supersedes"]: block["name"] for block in blocks if block.get("supersedes")}
-    return table(tasks, retain, rows, replaced)
+    found = table(tasks, retain, rows, replaced)
+    if "classes" in recipe:
+        found["summary"] |= stages_summary(rows)
+    return found
+
+
+def _planned(recipe: Mapping[str, Any]) -> list[str]:
+    """The tasks up to the newest stage; of classes all stages, which their number says."""
+    if "classes" not in recipe:
+        return [block["name"] for block in recipe.get("tasks", ())]
+    from mllm_cl.data.classes import stage_names, stage_sizes  # which imports torch
+
+    block = recipe["classes"]
+    return stage_names(stage_sizes(block["number"], block["first"], block["increment"]))
+
+
+def scored(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that hold a score: before the first stage of classes there is none."""
+    return [row for row in scores["rows"] if row["scores"]]
 
 
 def _row(file: Path) -> dict[str, Any]:
@@ -195,7 +229,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """The runs by everything but their seed, in the order in which they were given.
+    """The runs by everything but what is drawn, in the order in which they were given.
 
     A label is the method's name, with the settings in which groups of that method differ.
     """
@@ -212,7 +246,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _replicates(one: Run, other: Run) -> bool:
-    """Whether two runs differ in their seed alone, as far as both have come."""
+    """Whether two runs differ in what is drawn alone, as far as both have come."""
     names = ("tasks", "retain")
     if one.settings != other.settings or any(one.scores[n] != other.scores[n] for n in names):
         return False
@@ -239,7 +273,7 @@ def _telling(rivals: Sequence[Mapping[str, Any]]) -> list[str]:
     def kinds(keys: Sequence[str]) -> int:
         return len({tuple(str(one.get(key)) for key in keys) for one in rivals})
 
-    heads = ("method", "tasks", "training", "model")
+    heads = ("method", "tasks", "classes", "training", "model")
     every = sorted({key for one in rivals for key in one})
     every.sort(key=lambda key: heads.index(key.split(".")[0]) if key.split(".")[0] in heads else 9)
     shared = [key for key in every if all(key in one for one in rivals)]

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from mllm_cl.metrics.scores import CONSTANT, matrix
 from mllm_cl.report.interval import Interval, interval
-from mllm_cl.report.runs import Group
-from mllm_cl.report.words import NUMBERS
+from mllm_cl.report.runs import Group, scored
+from mllm_cl.report.words import main_number, numbers
 
 # seven steps of the colour map viridis, dark (0) to bright (1), and a readable text colour on each
 HEAT = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
@@ -34,10 +34,11 @@ def compare(groups: Sequence[Group], file: TextIO | None = None) -> None:
     console = _console(file)
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
     table.add_column("method", no_wrap=True)
-    for name in ("seeds", *NUMBERS.values()):
+    titles, first = numbers(groups), main_number(groups)
+    for name in ("seeds", *titles.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    rows = [(group, {key: interval(group.summary(key)) for key in NUMBERS}) for group in groups]
-    rows.sort(key=lambda row: row[1]["average"].mean if row[1]["average"] else -1.0, reverse=True)
+    rows = [(group, {key: interval(group.summary(key)) for key in titles}) for group in groups]
+    rows.sort(key=lambda row: row[1][first].mean if row[1][first] else -1.0, reverse=True)
     for group, found in rows:
         table.add_row(group.label, str(len(group.runs)), *map(_told, found.values()))
     console.print(table)
@@ -66,7 +67,7 @@ def line(summary: Mapping[str, float | None]) -> str:
 
 
 def _table(scores: Mapping[str, Any], *, plain: bool) -> Table:
-    tasks, retain = list(scores["tasks"]), list(scores["retain"])
+    tasks, retain, rows = list(scores["tasks"]), list(scores["retain"]), scored(scores)
     set_apart = bool(retain) and not plain
     table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD)
     table.add_column("after", no_wrap=True)
@@ -76,7 +77,7 @@ def _table(scores: Mapping[str, Any], *, plain: bool) -> Table:
         table.add_column("|", style="dim")
     for name in retain:
         table.add_column(f"({name})", justify="right", no_wrap=True)
-    for row, values in zip(scores["rows"], matrix(scores["rows"], tasks + retain), strict=True):
+    for row, values in zip(rows, matrix(rows, tasks + retain), strict=True):
         cells = [
             _cell(value, learnt=name == row["after"])
             for name, value in zip(tasks + retain, values, strict=True)

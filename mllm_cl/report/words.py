@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mllm_cl.metrics.scores import CONSTANT, ZERO_SHOT, matrix
 from mllm_cl.report.interval import Interval, interval
 from mllm_cl.report.runs import Group, Run
+from mllm_cl.report.stages import seen
 
 # what runs are compared by: the summary's names, and how they are said
 NUMBERS = {
@@ -14,9 +15,29 @@ NUMBERS = {
     "forgetting": "forgotten",
     "retain_average": "known before",
 }
+# and those of classes that come in stages
+OF_CLASSES = {
+    "last": "A_B, at the end",
+    "average_incremental": "Ā, over all stages",
+    "performance_drop": "PD, first less last",
+    "forgetting": "forgotten",
+    "old": "old classes",
+    "new": "new classes",
+    "harmonic_mean": "harmonic mean",
+}
 SPACE = "\N{NO-BREAK SPACE}"  # a number stays with its unit at the end of a line
 _WORDS = ("no", "one", "two", "three", "four", "five", "six")
 _WORDS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def numbers(groups: Sequence[Group]) -> dict[str, str]:
+    """What these groups are compared by; where some learn no classes, by what all of them have."""
+    return OF_CLASSES if all(group.of_classes for group in groups) else NUMBERS
+
+
+def main_number(groups: Sequence[Group]) -> str:
+    """The number that decides which of these groups is best."""
+    return next(iter(numbers(groups)))
 
 
 def number(count: int) -> str:
@@ -31,6 +52,8 @@ def share(value: float) -> str:
 
 def told(groups: Sequence[Group]) -> str:
     """How much was learnt and how much was forgotten, in a sentence or three."""
+    if all(group.of_classes for group in groups):
+        return _classes_compared(groups) if len(groups) > 1 else _of_classes(groups[0])
     return _compared(groups) if len(groups) > 1 else _of_group(groups[0])
 
 
@@ -39,13 +62,16 @@ def _of_group(group: Group) -> str:
     if not learnt:
         return "No task has been learnt yet: these are the scores of the incoming model."
     parts = [_learning(group, learnt), _not_learnt(group, learnt)]
-    parts += [_forgetting(group, learnt), _retained(group)]
-    unfinished = [run for run in group.runs if not run.finished]
-    if unfinished:
-        left = len(group.tasks) - len(learnt)
-        are = "is" if left == 1 else "are"
-        parts.append(f"{number(left).capitalize()} of {number(len(group.tasks))} {are} to come.")
+    parts += [_forgetting(group, learnt), _retained(group), _to_come(group, learnt)]
     return " ".join(part for part in parts if part)
+
+
+def _to_come(group: Group, learnt: Sequence[str]) -> str:
+    if group.finished:
+        return ""
+    left = len(group.tasks) - len(learnt)
+    are = "is" if left == 1 else "are"
+    return f"{number(left).capitalize()} of {number(len(group.tasks))} {are} to come."
 
 
 def _learnt(run: Run) -> list[str]:
@@ -152,10 +178,45 @@ def _compared(groups: Sequence[Group]) -> str:
             said.append(f"With {how} ({group.label}): {_percent(finals[group.label])}.")
     if len({tuple(group.tasks) for group in groups}) > 1:
         said.append("But they did not learn the same tasks.")
-    unfinished = [group.label for group in groups if not group.finished]
-    if unfinished:
-        said.append(f"Unfinished: {', '.join(unfinished)}.")
-    return " ".join(part for part in said if part)
+    return " ".join(part for part in (*said, _unfinished(groups)) if part)
+
+
+def _unfinished(groups: Sequence[Group]) -> str:
+    labels = [group.label for group in groups if not group.finished]
+    return f"Unfinished: {', '.join(labels)}." if labels else ""
+
+
+def _of_classes(group: Group) -> str:
+    learnt = max((_learnt(run) for run in group.runs), key=len)
+    last, mean = interval(group.summary("last")), interval(group.summary("average_incremental"))
+    if last is None or mean is None:
+        return "No class has been learnt yet."
+    stages = f"{number(len(learnt))} stage{'s' if len(learnt) > 1 else ''}"
+    said = f"Of the test images of all of them {_percent(last)} are recognised at the end"
+    said += f", {_percent(mean)} on average over the stages"
+    old, new = interval(group.summary("old")), interval(group.summary("new"))
+    if old and new:
+        said += f"; of old classes {share(old.mean)}, of the newest {share(new.mean)}"
+    parts = [f"{seen(learnt[-1])} classes were learnt in {stages}.", f"{said}."]
+    parts += [_forgetting(group, learnt), _to_come(group, learnt)]
+    return " ".join(part for part in parts if part)
+
+
+def _classes_compared(groups: Sequence[Group]) -> str:
+    """Who recognises most and fewest, of those that have come to the end."""
+    finals = {group.label: interval(group.summary("last")) for group in groups if group.finished}
+    ranked = sorted(finals, key=lambda label: finals[label].mean, reverse=True)
+    done = [group for group in groups if group.finished]
+    said = []
+    if ranked:
+        best, worst = ranked[0], ranked[-1]
+        said = [f"{best} recognises {_percent(finals[best])} of the test images of all classes"]
+        said[0] += f", best of {kinds(done)}" if len(ranked) > 1 else ""
+        said[0] += f"; {worst}, worst, {_percent(finals[worst])}." if len(ranked) > 1 else "."
+        said.append(_forgetting_compared(done))
+    if len({tuple(group.tasks) for group in groups}) > 1:
+        said.append("But they did not learn the same stages.")
+    return " ".join(part for part in (*said, _unfinished(groups)) if part)
 
 
 def kinds(groups: Sequence[Group]) -> str:
@@ -172,8 +233,9 @@ def _forgetting_compared(groups: Sequence[Group]) -> str:
     if len(lost) < 2:
         return ""
     least, most = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
+    what = "Stages" if all(group.of_classes for group in groups) else "Tasks"
     return (
-        f"Tasks fell below their best score by {_points(lost[least])} with {least}, "
+        f"{what} fell below their best score by {_points(lost[least])} with {least}, "
         f"by {_points(lost[most])} with {most}."
     )
 

@@ -6,6 +6,7 @@ promise holds in the weights under any optimizer. docs/architecture.md has the r
 E experts, R LoRA rank, D model width, T tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -126,9 +127,21 @@ class Same(Tuned):
 
     def _expert_bytes(self, site: Site) -> int:
         """The basis, Grams, traces and counts of one stack."""
-        dim, num_experts = engine.shape(site.weight)[-1], site.experts.num_experts
-        rank = min(dim, self.expert_rank)
-        return 4 * dim * rank + num_experts * (4 * rank * rank + 16)
+        return self._basis_bytes(site) + site.experts.num_experts * 16
+
+    def forecast_guard_bytes(self, model: nn.Module) -> int:
+        """As if no two modules shared an input, and routers closed or opened all that is kept."""
+        return sum(self._basis_bytes(site) for site in self._guarded(model))
+
+    def _basis_bytes(self, site: Site) -> int:
+        """A basis, of experts one with a turn for each; where B meets A x, one for each expert."""
+        *experts, _, dim = engine.shape(site.weight)
+        if site.role == "B":
+            return 4 * math.prod(experts) * dim * dim
+        if site.experts:
+            rank = min(dim, self.expert_rank)
+            return 4 * (dim * rank + site.experts.num_experts * rank * rank)
+        return 4 * dim * (kept_rank(dim, self.rank) or dim)
 
     def captured(self, memory: Memory) -> dict[str, Tensor]:
         known = memory.under("same/experts")
