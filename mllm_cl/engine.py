@@ -274,6 +274,7 @@ def optimizer_state(
             elif _is_zero(parameter):
                 from deepspeed.utils import safe_get_full_optimizer_state
 
+                _link_state(inner, parameter)
                 tensors[f"{parameter_name}::{key}"] = safe_get_full_optimizer_state(
                     parameter, key
                 ).clone()
@@ -371,21 +372,23 @@ def _load_zero_state(
                 state[key] = _placed(inner, flat, value)
             elif key not in state:
                 state[key] = torch.zeros_like(flat)
-        if not _is_zero3(parameter):
-            _link_state(parameter, flat, state)
+        _link_state(inner, parameter)
     for key, value in saved.items():
         if value.dim() > 0:
             _set_zero(parameter, value.to(parameter.device), key)
 
 
-def _link_state(parameter: Tensor, flat: Tensor, state: dict[str, Tensor]) -> None:
-    """Point the parameter's fragment at the optimizer state, which ZeRO-1/2 does at its first step
-    only.
+def _link_state(inner: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Point the parameter's fragment at the optimizer state. ZeRO-1/2 does so after the first step
+    of its first group of parameters alone, when the others have none.
     """
+    flat = None if _is_zero3(parameter) else _flat_partition(inner, parameter)
+    if flat is None:
+        return
     mapping = parameter._hp_mapping
     mapping.optim_fragment = {
         key: value.narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
-        for key, value in state.items()
+        for key, value in inner.state[flat].items()
         if torch.is_tensor(value) and value.dim() > 0 and value.shape == flat.shape
     }
 
@@ -450,6 +453,17 @@ def let_generate(model: nn.Module) -> None:
         register_fsdp_forward_method(model, "generate")
 
 
+def shard_again(model: nn.Module) -> None:
+    """Let go of what a forward without a backward left whole: FSDP2 keeps the outermost module's
+    own parameters until then, and whoever lists the model's parameters meanwhile (as an optimizer,
+    or a check of what trains) holds others than those that train.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def outlives_its_task(used: str) -> bool:
     """Whether an engine that was destroyed holds on to memory, so that the next task needs a
     process of its own.
@@ -501,6 +515,28 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone() if on_cpu or tensor.is_cuda else tensor.detach().cuda()
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The rows of all processes, which bring equally many, in the order of the ranks; gradients
+    find their way back. Collective, and once more in backward.
+    """
+    return tensor if world_size() == 1 else _Gathered.apply(tensor)
+
+
+class _Gathered(torch.autograd.Function):
+    """A sum with zeros at the others' places, whose gradient is the sum of all gradients there."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        whole = tensor.new_zeros(world_size() * len(tensor), *tensor.shape[1:])
+        whole[rank() * len(tensor) :][: len(tensor)] = tensor
+        return sum_over_ranks(whole)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        number = len(gradient) // world_size()
+        return sum_over_ranks(gradient.contiguous())[rank() * number :][:number]
 
 
 def any_rank(asked: bool) -> bool:

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,6 +19,9 @@ from mllm_cl.model.routing import imbalance, listen_for_balance
 from mllm_cl.model.surgery import guard, only_train
 from mllm_cl.task import Sample, Task, kept_samples
 
+# What a recipe of each setting brings, by the key that it stands under.
+SETTINGS = {"instruction": "tasks", "class_incremental": "classes"}
+
 Batches = Iterable[dict[str, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -30,10 +33,10 @@ class Method:
     A method acts on the model in two places that every engine respects: inside `forward` (surgery
     in `before_task`) and in the loss. The runner calls the verbs in this order, once per task, on
     all ranks: `before_task` (bare model), `train_set`, `start_task` (model on its engine, before
-    the first step), `before_forward` and `loss` (every step, before and after the model's
-    forward), `after_task` (trained model). `batches` are collated
-    samples of the task's training data, this rank's share of a fixed seeded selection; `reduce`
-    sums a tensor over ranks.
+    the first step), `before_step` (every optimizer step), `before_forward` and `loss` (every
+    micro-batch, before and after the model's forward), `after_task` (trained model). `batches` are
+    collated samples of the task's training data, this rank's share of a fixed seeded selection;
+    `reduce` sums a tensor over ranks.
     """
 
     setting: ClassVar[str] = "instruction"
@@ -41,6 +44,7 @@ class Method:
     rehearsal: ClassVar[bool] = False
     trains_once: ClassVar[bool] = False  # on all tasks at their end, instead of one after another
     calibration_batch: ClassVar[int | None] = None  # samples in one of `batches`; None: any number
+    reads: ClassVar[bool] = False  # class names, by the text tower of a CLIP or SigLIP
     unlearns: ClassVar[bool] = False  # it protects no answer that a task supersedes
     starts_exact: ClassVar[bool] = True  # the surgery changes no output, not even by rounding
 
@@ -63,13 +67,30 @@ class Method:
         """Whether weights of linears or experts train themselves: no model in four bits has any."""
         return False
 
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """What the recipe's learning rate is multiplied by, by the beginning of a parameter's name;
+        all others have the rate itself. In a loop of one's own the optimizer is one's own.
+        """
+        return {}
+
     def kept_bytes(self, memory: Memory) -> int:
         """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
         return memory.num_bytes
 
+    def num_kept(self, memory: Memory) -> int:
+        """How many samples of the past it keeps."""
+        return 0
+
     def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
         """At most how much `kept_bytes` will be after `num_tasks` tasks, from shapes alone; asked
         after `before_task`.
+        """
+        return 0
+
+    def forecast_guard_bytes(self, model: nn.Module) -> int:
+        """At most how much the bases of its guards take on every device, the displacements beside
+        them left out; asked after `before_task`.
         """
         return 0
 
@@ -92,6 +113,11 @@ class Method:
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """Measure the task's data with the incoming model, before the first step."""
+
+    def before_step(self, model: nn.Module, memory: Memory, done: float) -> None:
+        """Look at the model before an optimizer step; `done` is the share of the task's steps that
+        were made, 0 before the first.
+        """
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Tensor], memory: Memory) -> None:
         """Look at a batch that the model is about to train on."""
@@ -310,22 +336,29 @@ class Rehearsing(Tuned):
         return self.buffer_bytes + 16
 
 
-def names(setting: str = "*") -> dict[str, Path]:
-    """The methods of the package by name: one file each, and the file's name is the method's."""
-    files = sorted((Path(__file__).parent / "methods").glob(f"{setting}/*.py"))
+def names(setting: str = "instruction") -> dict[str, Path]:
+    """The package's methods for a setting by name: one file each, which has the method's name."""
+    files = sorted((Path(__file__).parent / "methods" / setting).glob("*.py"))
     return {path.stem: path for path in files if not path.stem.startswith("_")}
 
 
-def load_method(name: str) -> type[Method]:
+def load_method(name: str, setting: str = "instruction") -> type[Method]:
     """The class of a method, by its name or by the path of a user's own `.py` file.
 
-    Raises ValueError for an unknown name (with the nearest known one) and for a file that does not
-    define exactly one `Method`.
+    Several settings may have a method of one name: `finetune` trains a language model on tasks, or
+    a classifier on classes. Raises ValueError for a name that the setting does not know (with the
+    nearest that it does) and for a file that does not define exactly one `Method`.
     """
     if name.endswith(".py"):
         return _the_method(_import_file(Path(name)), name)
-    known = names()
+    known = names(setting)
     if name not in known:
+        others = [other for other in SETTINGS if name in names(other)]
+        if others:
+            raise ValueError(
+                f"method {name!r} learns {SETTINGS[others[0]]}, but here are {SETTINGS[setting]} "
+                f"to learn, which {', '.join(known)} do"
+            )
         from difflib import get_close_matches
 
         near = get_close_matches(name, known, n=1)
@@ -333,7 +366,7 @@ def load_method(name: str) -> type[Method]:
         raise ValueError(
             f"unknown method {name!r}: {hint}known are {', '.join(known)}, or a path to a .py file"
         )
-    module = importlib.import_module(f"mllm_cl.methods.{known[name].parent.name}.{name}")
+    module = importlib.import_module(f"mllm_cl.methods.{setting}.{name}")
     return _the_method(module, name)
 
 

@@ -23,6 +23,7 @@ from mllm_cl.data.policy import skipped
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer, row
 from mllm_cl.memory import Memory
+from mllm_cl.method import Method
 from mllm_cl.metrics.scores import CONSTANT, ZERO_SHOT, table
 from mllm_cl.metrics.stages import COUNTS
 from mllm_cl.metrics.stages import summary as stages_summary
@@ -49,7 +50,8 @@ PACKAGES = (
 class Outcome:
     """A stage when it is done: what the next one starts from, and what there is to say about it.
 
-    `held` is what the guards allowed, `log` the Trainer's own history.
+    `held` is what the guards allowed, `log` the Trainer's own history, `scores` what the row of
+    scores holds beside those of the answers.
     """
 
     state: Mapping[str, Tensor]
@@ -57,6 +59,7 @@ class Outcome:
     drift: Drift
     held: Mapping[str, Mapping[str, float]]
     answers: Mapping[str, Sequence[Answer]]
+    scores: Mapping[str, Any]
     manifest: Mapping[str, object]
     cost: Mapping[str, object]
     log: Sequence[Mapping[str, object]]
@@ -72,6 +75,8 @@ def _as_known_to(written: dict, recipe: Recipe, wanted: dict) -> dict:
     package, which wrote `written`, did not have.
     """
     defaults = {"method": fields(recipe.method), "model": fields(recipe.model)}
+    if recipe.classes is not None:
+        defaults["classes"] = fields(recipe.classes)
     for block, known in defaults.items():
         for one in known:
             new = one.name in wanted[block] and one.name not in written.get(block, {})
@@ -155,6 +160,7 @@ def write(
     after = sequence[stage - 1].name if stage else ZERO_SHOT
     found = row((*sequence.retain, *sequence.tasks), outcome.answers)
     found[COUNTS] = {name: len(rows) for name, rows in outcome.answers.items()}
+    found |= outcome.scores
     checkpoint.write_json(path / "scores.json", {"after": after} | found)
     checkpoint.mark(path)
     return found
@@ -193,7 +199,10 @@ def manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, objec
         **checkpoint.batch_of(trainer.args),
         "seed": recipe.seed,
         "data": {
-            task.name: {"train": fingerprint(task.train), "eval": fingerprint(task.eval)}
+            task.name: {
+                "train": sequence.once(fingerprint, task.train),
+                "eval": sequence.once(fingerprint, task.eval),
+            }
             for task in (*sequence.retain, *sequence.tasks)
         },
         "skipped": skipped_rows(sequence),
@@ -298,6 +307,13 @@ def tell_what_is_captured(shares: Mapping[str, Tensor]) -> None:
             f"{every.min():.1%} ({least}); the rest counts as isotropic",
             flush=True,
         )
+
+
+def tell_what_is_rehearsed(method: Method, memory: Memory) -> None:
+    """Print how many samples of the past are kept, and in how many bytes with all else that is."""
+    number = method.num_kept(memory)
+    if number:
+        print(f"     keeps {number} samples, {method.kept_bytes(memory):,} bytes", flush=True)
 
 
 def tell_what_was_not_learnt(name: str, found: Mapping[str, Mapping[str, float]]) -> None:

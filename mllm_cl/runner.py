@@ -149,7 +149,10 @@ def _step(
     if before is not None:
         earlier = load_tensors(record.state_file(record.stage_folder(folder, before)))
         restore_state(trainer.model, earlier)
-    trainer.measured = setting.measured(place, trainer.bare_model())
+    samples = trainer.train_dataset
+    trainer.measured = setting.measured(place, trainer.bare_model(), samples)
+    drawn = setting.trained(place, trainer.bare_model(), samples)
+    trainer.train_dataset, trainer.data_collator = drawn
     if stage == 0 and engine.rank() == 0:
         if recipe.model.load_in_4bit:
             record.tell_what_is_packed(trainer.model)
@@ -160,8 +163,9 @@ def _step(
     cost.lap("train")
     watchdog.phase("scoring")
     bare = trainer.bare_model()
-    state = trained_state(bare, base)
+    state = trained_state(bare, base - earlier.keys())  # what was learnt and is frozen now stays
     given = setting.answers(place, bare, state)
+    more = setting.scores(place, bare)
     cost.lap("score")
     watchdog.phase("measuring drift")
     drift = setting.drift(place, bare, state)
@@ -174,6 +178,7 @@ def _step(
         drift=drift,
         held=record.held(bare, earlier),
         answers=given,
+        scores=more,
         manifest=record.manifest(recipe, trainer, sequence),
         cost=cost.table(state),
         log=trainer.state.log_history,
@@ -187,6 +192,7 @@ def _step(
             record.tell_what_was_not_learnt(sequence[stage - 1].name, found)
         record.tell_what_held(outcome.held)
         record.tell_what_is_captured(recipe.method.captured(memory))
+        record.tell_what_is_rehearsed(recipe.method, memory)
         values = record.tracked(recipe, folder, stage, outcome)
         tracking.send(values, trainer.args.report_to, folder, stage)
     engine.barrier()

@@ -1,8 +1,9 @@
 """Tasks and their order: the unit of a continual run is the sequence, not the data set."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Subset
@@ -10,6 +11,7 @@ from torch.utils.data import Subset
 from mllm_cl.metrics.pairs import Metric
 
 Sample = dict[str, object]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Task:
     `{"id": str, "messages": [...], "images": [PIL.Image]}` whose last message is the assistant's.
     A sample may have `references`, a list of right answers, to be scored against in its place.
     `metric` maps (predictions, references) to [0, 1], higher is better.
-    `labels` holds class names that appear first here; it is empty for instruction tuning.
+    `labels` holds class names that appear first here, `earlier` those of the tasks before it in
+    their order; both are empty for instruction tuning.
     `supersedes` names an earlier task whose answers this one replaces: nobody protects those.
     """
 
@@ -30,6 +33,7 @@ class Task:
     eval: Sequence[Sample]
     metric: Metric
     labels: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
     supersedes: str | None = None
 
 
@@ -38,11 +42,14 @@ class TaskSequence:
     """The tasks in the order in which they are learnt, and the sets that are only retained.
 
     `retain` names what the model knows before the first task: measured and scored, never trained
-    on.
+    on. `later` are tasks that the run ends before, of whose classes it is asked by name all the
+    same.
     """
 
     tasks: tuple[Task, ...]
     retain: tuple[Task, ...] = field(default=())
+    later: tuple[Task, ...] = field(default=())
+    _found: dict[tuple, tuple] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [task.name for task in (*self.retain, *self.tasks)]
@@ -56,6 +63,13 @@ class TaskSequence:
         """The tasks before the `index`-th (from 1) whose answers still hold when it is learnt."""
         replaced = {task.supersedes for task in self.tasks[:index]}
         return tuple(task for task in self.tasks[: index - 1] if task.name not in replaced)
+
+    def once(self, find: Callable[[Sequence[Sample]], Found], samples: Sequence[Sample]) -> Found:
+        """find(samples), found out once for each set of a run, however many stages ask."""
+        key = find, id(samples)
+        if key not in self._found:
+            self._found[key] = find(samples), samples  # held, or another set could get its id
+        return self._found[key][0]
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

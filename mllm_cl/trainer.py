@@ -3,7 +3,7 @@ are complete.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import ProcessorMixin, Trainer
+from transformers import ProcessorMixin, Trainer, TrainerCallback
 
 from mllm_cl import checkpoint, engine, preflight
 from mllm_cl.data.chat import ChatCollator, picture_inputs
@@ -22,6 +22,7 @@ from mllm_cl.method import Batches, Method
 from mllm_cl.model.idle import visit_idle
 from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
+from mllm_cl.model.teacher import fill_copy
 from mllm_cl.model.tower import show_guard_picture
 from mllm_cl.task import Sample, Task
 from mllm_cl.truth import Trial, Truth
@@ -80,6 +81,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             self.measured: Batches | None = None
             self.truth = Truth(self)
             self.add_callback(self.truth)
+            self.add_callback(_BeforeStep(self))
 
         def bare_model(self) -> nn.Module:
             """The model inside the engine's wrappers: hooks and guards live on it."""
@@ -135,12 +137,21 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             """
             self.model_wrapped = engine.wrap_for_answers(self)
 
+        def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+            """The Trainer's own, in which what has a rate of its own has a group of its own."""
+            made = self.optimizer is None
+            optimizer = super().create_optimizer(*args, **kwargs)
+            if made and self.method.rates:
+                _part(optimizer, self.bare_model(), self.method.rates)
+            return optimizer
+
         def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
             # One door for all engines: the model is wrapped and its optimizer exists, no step was
             # made.
             model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
             bare = self.bare_model()
             engine.check_launch(self.accelerator, bare)
+            fill_copy(bare)
             if resume_from_checkpoint is None:
                 self.method.start_task(
                     bare, self.task, self.memory, self.batches(), engine.sum_over_ranks
@@ -201,6 +212,32 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
     return Continual
 
 
+class _BeforeStep(TrainerCallback):
+    """Tells the method of every optimizer step to come."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        method, done = self.trainer.method, state.global_step / state.max_steps
+        method.before_step(self.trainer.bare_model(), self.trainer.memory, done)
+
+
+def _part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Split the groups of an optimizer, before its first step, by the factors of their rates."""
+    factors = {
+        id(one): next((rates[begin] for begin in rates if name.startswith(begin)), 1.0)
+        for name, one in model.named_parameters()
+    }
+    groups = []
+    for group in optimizer.param_groups:
+        for factor in sorted({factors[id(one)] for one in group["params"]}):
+            own = [one for one in group["params"] if factors[id(one)] == factor]
+            groups.append({**group, "params": own, "lr": group["lr"] * factor})
+    # The first one's rate is the one that is logged.
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: -group["lr"])
+
+
 def check_engine(method: Method, name: str) -> None:
     """Raise ValueError for an engine on which the method cannot keep its promise."""
     if name not in method.runs_on:
@@ -249,12 +286,17 @@ def learning(
     `accelerator.free_memory()` between two tasks on one model, FSDP2 for
     `engine.make_ready(accelerator, model)` before `prepare` if the model lacks blocks that its
     class names, as a LLaVA does.
-    Raises ValueError for an engine on which the method cannot keep its promise, and where what
-    trains is kept in less than fp32.
+    Raises ValueError for an engine on which the method cannot keep its promise, for a method that
+    asks to be told of optimizer steps, and where what trains is kept in less than fp32.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     engine.check_launch(accelerator, bare)
     check_engine(method, engine.name(accelerator))
+    if type(method).before_step is not Method.before_step:
+        raise ValueError(
+            f"method {method.name!r} acts before every optimizer step, of which only a Trainer can "
+            "tell it: use continual(Trainer)"
+        )
     check_wide(bare)
     engine.make_ready(accelerator, bare)
     visit_idle(bare)
@@ -277,6 +319,7 @@ def learning(
         if torch.is_grad_enabled():  # what a method asks the model itself is no training
             method.before_forward(bare, inputs, memory)
 
+    fill_copy(bare)
     method.start_task(bare, task, memory, batches, engine.sum_over_ranks)
     # In front of the engine's own hooks, which would otherwise find a forward inside a forward.
     meeting = model.register_forward_pre_hook(meet, with_kwargs=True, prepend=True)

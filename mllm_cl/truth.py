@@ -21,6 +21,7 @@ from mllm_cl.model.idle import idle
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import guards
 from mllm_cl.model.tower import Sees, guard_picture
+from mllm_cl.model.vision import Adaptation
 from mllm_cl.stopping import Failed
 
 # A LoRA's B starts at zero, so its A has no gradient in the first step, nor what routes to it.
@@ -48,9 +49,10 @@ class Trial:
     * a batch had pictures and the vision tower was not called.
 
     Exempt is what has no way to move: a guard that lets nothing through or whose experts all rest,
-    a mixture whose resting experts leave the routing or in which one expert answers, experts that
-    are modules of their own (they may meet no token for a while), and as long as no batch had a
-    picture everything outside the language model, and experts that no token was meant for.
+    an adaptation at rest, a mixture whose resting experts leave the routing or in which one expert
+    answers, experts that are modules of their own (they may meet no token for a while), and as long
+    as no batch had a picture everything outside the language model, and experts that no token was
+    meant for.
 
     Nothing is gathered: each process compares a sum of bits of what it keeps, and one sum over the
     processes says whether any of them moved. Runs of fewer steps, and of a learning rate of zero,
@@ -230,6 +232,8 @@ def _exempt(model: nn.Module, names: list[str], *, seen: bool) -> set[str]:
             heads += [f"{path}."] * module.masks_routing + [f"{path}.router."] * alone
         elif isinstance(module, nn.ModuleList) and path.endswith("experts"):
             heads.append(f"{path}.")
+        elif isinstance(module, Adaptation):
+            heads += [f"{path}."] * module.resting
     found = {name for name in names if name.startswith(tuple(heads))}
     whole = None if seen else _sees(model)
     if whole is not None:

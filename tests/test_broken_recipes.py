@@ -26,6 +26,8 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 def short(path):
     """The recipe with two tasks and one set that is retained, so that hundreds load in seconds."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "classes" in tree:
+        return tree
     tree["tasks"] = tree["tasks"][-2:]
     tree["tasks"][-1].pop("supersedes", None)
     if "retain" in tree:
@@ -34,6 +36,7 @@ def short(path):
 
 
 TREES = {path.stem: short(path) for path in RECIPES}
+OF_TASKS = {name: tree for name, tree in TREES.items() if "tasks" in tree}
 DEEP = 400
 
 
@@ -134,7 +137,7 @@ PAIRS = [
 
 
 def impossible():
-    for name, tree in TREES.items():
+    for name, tree in OF_TASKS.items():
         for place, value in PAIRS:
             tree.setdefault(place[0], {})
             yield f"{name} {place} {value!r}", (tree, place, value)

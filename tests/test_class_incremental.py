@@ -216,14 +216,6 @@ def test_a_recipe_that_cannot_be_meant_names_the_key(vit, tmp_path, change, key)
     assert told.value.key == key
 
 
-@pytest.mark.parametrize("words", ["run RECIPE --dry-run", "data check RECIPE", "doctor RECIPE"])
-def test_commands_that_know_nothing_of_classes_say_so(words, vit, tmp_path, capsys):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(tmp_path / "run", vit).resolved()))
-    assert cli.main([str(path) if word == "RECIPE" else word for word in words.split()]) == 2
-    assert "classes: found a recipe of classes" in capsys.readouterr().err
-
-
 def test_the_model_of_a_run_of_classes_is_not_exported_yet(vit, tmp_path, capsys):
     run(recipe(tmp_path, vit, stages=1))
     assert cli.main(["export", str(tmp_path), "--to", "merged"]) == 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,7 +14,8 @@ import yaml
 class Benchmark:
     """A data set as published tables use it; benchmarks.yaml says what each line means.
 
-    `sizes` holds train and test images as far as they are published.
+    `sizes` holds train and test images as far as they are published; `hub` is empty where the data
+    lie in a folder.
     """
 
     title: str
@@ -25,6 +27,8 @@ class Benchmark:
     of: int | None = None
     order_seed: int | None = 1993
     sizes: dict[str, int] = field(default_factory=dict)
+    hub: str = ""
+    args: dict[str, str] = field(default_factory=dict)
 
     def stages(self) -> list[tuple[int, int]]:
         """First stage and increment of each split."""
@@ -35,6 +39,24 @@ class Benchmark:
 def benchmark(name: str) -> Benchmark:
     """The facts of one; ValueError for a name that is not in the table."""
     return Benchmark(**_of("benchmarks", name, "benchmark"))
+
+
+def classes_block(name: str, first: int, increment: int, *, of_clip: bool) -> dict[str, Any]:
+    """The block `classes` of a recipe for one of a benchmark's splits, with CLIP or without.
+
+    What is not on the hub is looked for in a folder of its name below `${MLLM_CL_CIL}`.
+    """
+    facts = benchmark(name)
+    block: dict[str, Any] = {
+        "data": facts.hub or f"${{MLLM_CL_CIL:-data/cil}}/{name}",
+        "number": facts.classes,
+        "first": 0 if first == increment else first,
+        "increment": increment,
+        "order": facts.order_seed,
+        "preprocessing": "clip" if of_clip else "paper_compat",
+    }
+    block |= {"templates": facts.templates} if of_clip else {}
+    return block | ({"args": facts.args} if facts.args else {})
 
 
 def templates(key: str) -> tuple[str, ...]:

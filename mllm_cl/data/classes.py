@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from numpy.random import RandomState
 
@@ -39,6 +40,12 @@ def stage_sizes(number: int, first: int, increment: int) -> tuple[int, ...]:
     rest = number - begin
     later = [increment] * (rest // increment) + [rest % increment]
     return tuple(size for size in (begin, *later) if size)
+
+
+def stage_names(sizes: Sequence[int]) -> list[str]:
+    """What stages of so many classes are called, by their places in the order: `1-50`, `51-60` …"""
+    pairs = zip(sizes, accumulate(sizes), strict=True)
+    return [f"{end - size + 1}-{end}" for size, end in pairs]
 
 
 def stages(

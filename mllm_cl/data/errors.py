@@ -1,5 +1,7 @@
 """What is raised where data are wrong, and where in which file."""
 
+from collections.abc import Sequence
+
 
 class DataError(ValueError):
     """Something in a data set cannot be used; `file` and `row`, counted from 1, say where.
@@ -19,6 +21,12 @@ class DataError(ValueError):
     def at(self, file: str, row: int | None) -> "DataError":
         """The same problem at a place, unless it has one already."""
         return self if self.file else DataError(self.problem, file, row)
+
+
+def some(names: Sequence[str], number: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - number
+    return ", ".join(names[:number]) + (f" and {more} more" if more > 0 else "")
 
 
 def shortened(value: object, width: int = 60) -> str:

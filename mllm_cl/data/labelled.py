@@ -71,6 +71,15 @@ class Labelled(Sequence):
         indices = [self.indices[place] for place in places]
         return Labelled(self.pictures, self.names, targets, indices)
 
+    def joined(self, *others: "Labelled") -> "Labelled":
+        """These samples and then the others', of the same data."""
+        every = (self, *others)
+        assert all(one.pictures is self.pictures and one.names == self.names for one in every)
+        targets = tuple(target for one in every for target in one.targets)
+        return Labelled(
+            self.pictures, self.names, targets, [place for one in every for place in one.indices]
+        )
+
     def of(self, classes: Iterable[str]) -> "Labelled":
         """The samples of some classes, in their order; the names stay what they are."""
         wanted = {_number(name, self.names) for name in classes}

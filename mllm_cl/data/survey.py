@@ -64,7 +64,7 @@ def survey(samples: Sequence[Sample], lengths: Lengths) -> Survey:
         found.ids.append(str(sample["id"]))
         found.lengths.append(length)
         found.answer_lengths.append(lengths.collator.num_text_tokens(answer))
-        found.shown.append(frozenset(_hash(image) for image in sample["images"]))
+        found.shown.append(frozenset(picture_hash(image) for image in sample["images"]))
         found.asked.append(" ".join(question(sample["messages"]).split()).casefold())
         found.answers.append(answer)
         found.references.append(sample.get("references") or answer)
@@ -86,7 +86,8 @@ def overlap(test: Survey, train: Survey) -> Overlap:
     return Overlap(pictures, questions)
 
 
-def _hash(image) -> str:
+def picture_hash(image) -> str:
+    """The same for pictures of the same size and pixels."""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:32]
 
 

@@ -17,6 +17,11 @@ def token_share(mask_BT: Tensor) -> Tensor:
     return mask_BT / mask_BT.sum(-1, keepdim=True).clamp_min(1) / len(mask_BT)
 
 
+def even_share(x_NE: Tensor) -> Tensor:
+    """What each row weighs in their mean (N,)."""
+    return torch.full_like(x_NE[:, 0], 1 / len(x_NE))
+
+
 def divergence(
     before_NE: Tensor, after_NE: Tensor, share_N: Tensor, *, temperature: float = 1.0
 ) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from mllm_cl.metrics.scores import ZERO_SHOT, Matrix, matrix
 
 COUNTS = "counts"  # of a row: how many images each score is of
+ZERO_SHOT_SCORES = "zero_shot"  # of a row: seen, unseen, harmonic_mean of answers by name
 
 
 def stage_accuracies(scores: Matrix, counts: Sequence[int]) -> list[float]:
@@ -53,6 +54,9 @@ def old_and_new(scores: Matrix, counts: Sequence[int]) -> list[tuple[float, floa
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The numbers of a run after its last stage, from rows with `scores` and `COUNTS`: A-bar, the
     last A_B, the drop, and the last stage's old, new and harmonic mean. None where undefined.
+
+    Of answers by name, as far as rows have them, the means over the stages after which there are
+    classes to come.
     """
     learnt = [row for row in rows if row["after"] != ZERO_SHOT]
     if not learnt:
@@ -68,7 +72,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "new": new,
         "harmonic_mean": harmonic,
     }
+    found |= _by_name([row[ZERO_SHOT_SCORES] for row in learnt if ZERO_SHOT_SCORES in row])
     return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _by_name(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    whole = [row for row in rows if row["unseen"] is not None]
+    keys = ("seen", "unseen", "harmonic_mean") if whole else ()
+    return {f"zero_shot_{key}": sum(row[key] for row in whole) / len(whole) for key in keys}
 
 
 def _weighted(values: Sequence[float], counts: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ DINOv2 and the vision towers of CLIP and SigLIP differ in names only.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
 
@@ -33,6 +34,12 @@ class Block:
     fc1: str
     fc2: str
     branch: str
+
+    @property
+    def attention(self) -> str:
+        """The name of what holds both `q` and `o`, which older attentions keep apart."""
+        pairs = zip(self.q.split("."), self.o.split("."), strict=False)
+        return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def _last(block: nn.Module, mlp: str) -> str:
     children = list(block.named_children())
     names = [name for name, _ in children]
     for name, child in children[names.index(mlp) + 1 :]:
-        own = list(child.parameters())
+        own = list(child.parameters(recurse=False))  # what was put beside it is not its own
         if len(own) == 1 and not isinstance(child, nn.LayerNorm) and own[0].dim() == 1:
             return name
     return mlp

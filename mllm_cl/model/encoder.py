@@ -3,13 +3,15 @@
 B batch, C classes, D feature width, H height, W width, L text length.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_timm_available
 
@@ -32,6 +34,10 @@ class Encoder(nn.Module):
         self.family = family(backbone.config.model_type)
         _give_dimensions(backbone)
         self.width = self.family.width(backbone)
+        # The features that stand side by side in an answer, with the names of what was put in for
+        # each of them alone; and which of them are given.
+        self.parts: dict[str, tuple[str, ...]] = {"": ()}
+        self.shown: tuple[str, ...] = ("",)
 
     def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
         """The features (B, D)."""
@@ -53,9 +59,78 @@ class Encoder(nn.Module):
         return output.pooler_output
 
     @property
+    def sight(self) -> dict[str, nn.Parameter]:
+        """The parameters that features of pictures depend on, by name: all but a text tower's and
+        the token that stands for patches that are hidden.
+        """
+        seeing = {id(one) for module in self.seeing for one in module.parameters()}
+        return {
+            name: one
+            for name, one in self.backbone.named_parameters()
+            if id(one) in seeing and not name.endswith("mask_token")
+        }
+
+    @property
+    def seeing(self) -> list[nn.Module]:
+        """What pictures pass through: the backbone, or its tower and projection beside those of
+        texts.
+        """
+        if not self.family.reads:
+            return [self.backbone]
+        parts = self.backbone.named_children()
+        return [part for name, part in parts if not name.startswith("text_")]
+
+    @property
+    def steady(self) -> bool:
+        """Whether a picture has the same features whenever it trains: nothing that they depend on
+        moves, and nothing is dropped at random.
+        """
+        seen = {id(one) for one in self.sight.values()}
+        blind = {id(one) for one in self.backbone.parameters()} - seen
+        moves = any(one.requires_grad and id(one) not in blind for one in self.parameters())
+        return not moves and not any(map(_drops, self.modules()))
+
+    @property
+    def joint(self) -> bool:
+        """Whether features of pictures lie where those of texts do: CLIP's and SigLIP's own do."""
+        return self.family.reads and self.width == self.family.width(self.backbone)
+
+    @contextmanager
+    def showing(self, parts: Iterable[str]) -> Iterator[None]:
+        """Inside, an answer has these of its parts alone."""
+        before, self.shown = self.shown, tuple(parts)
+        try:
+            yield
+        finally:
+            self.shown = before
+
+    def weights_of(self, part: str | None) -> dict[str, Tensor]:
+        """The parameters and buffers that are a part's own, None: those that all parts share;
+        without those of a text tower, which pictures do not pass through.
+        """
+        owners = {name: owner for owner, names in self.parts.items() for name in names}
+        blind = ("backbone.text_", "backbone.logit_") if self.family.reads else ()
+        return {
+            name: value
+            for name, value in chain(self.named_parameters(), self.named_buffers())
+            if not name.startswith(blind)
+            and next((owners[one] for one in name.split(".") if one in owners), None) == part
+        }
+
+    @property
     def anatomy(self) -> Anatomy:
         """The names, in `backbone`, of what adapters and prompts are put at."""
         return resolve(self.backbone)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops at random: as a layer of its own, or as a rate that it keeps.
+
+    Families call it dropout, dropout_prob, drop_prob ...: there is no other sign of it.
+    """
+    rates = [value for name, value in vars(module).items() if "drop" in name]
+    rates += [module.p] if isinstance(module, _DropoutNd) else []
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _give_dimensions(backbone: nn.Module) -> None:
@@ -81,13 +156,17 @@ def _give_dimensions(backbone: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one `model_type` see: their class, and which of their outputs is meant."""
+    """How the models of one `model_type` see: their class, and which of their outputs is meant.
+
+    `reads`: they have a text tower, too, whose texts are `padded` to their full length or not.
+    """
 
     backbone: type[PreTrainedModel]
     features: Callable[[PreTrainedModel, Tensor], Tensor]
     width: Callable[[PreTrainedModel], int]
     options: Mapping[str, Any] = field(default_factory=dict)
     reads: bool = False
+    padded: bool = False
 
 
 def family(model_type: str) -> Family:
@@ -124,7 +203,11 @@ def _families() -> dict[str, Family]:
         "clip": Family(CLIPModel, _joint, lambda model: model.config.projection_dim, reads=True),
         "clip_vision_model": Family(CLIPVisionModel, _pooled, _hidden),
         "siglip": Family(
-            SiglipModel, _joint, lambda model: model.config.vision_config.hidden_size, reads=True
+            SiglipModel,
+            _joint,
+            lambda model: model.config.vision_config.hidden_size,
+            reads=True,
+            padded=True,
         ),
         "siglip_vision_model": Family(SiglipVisionModel, _pooled, _hidden),
         "resnet": Family(ResNetModel, _pooled, lambda model: model.config.hidden_sizes[-1]),
@@ -161,7 +244,7 @@ def load_encoder(settings: ModelSettings) -> Encoder:
     where, options = location(settings.model_name_or_path), hub_options(settings)
     if settings.load_in_4bit:
         raise ValueError("encoders are not kept in four bits: leave out load_in_4bit")
-    kind = _described(settings)
+    kind = _family(settings)
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     options |= {"dtype": dtype, **kind.options}
     if settings.attn_implementation is not None:
@@ -176,21 +259,28 @@ def load_encoder(settings: ModelSettings) -> Encoder:
 
 def empty_encoder(settings: ModelSettings) -> Encoder:
     """The encoder on the meta device: every shape, no weights; only its config is read."""
-    where, kind = location(settings.model_name_or_path), _described(settings)
+    where, kind = location(settings.model_name_or_path), _family(settings)
     with found_at(where):
         config = kind.backbone.config_class.from_pretrained(where, **hub_options(settings))
     with torch.device("meta"):
         return Encoder(kind.backbone(config, **kind.options))
 
 
-def _described(settings: ModelSettings) -> Family:
-    """The family that the config names, read without building it: timm's own needs timm."""
+def described(settings: ModelSettings) -> dict[str, Any]:
+    """What the model's config says, which is all that is read of it. ValueError without any."""
     where = location(settings.model_name_or_path)
     with found_at(where):
-        described, _ = PreTrainedConfig.get_config_dict(where, **hub_options(settings))
-    if "model_type" not in described:
+        found, _ = PreTrainedConfig.get_config_dict(where, **hub_options(settings))
+    if "model_type" not in found:
         raise ValueError(f"{where} has no config.json that names a 'model_type': no model is there")
-    kind = family(described["model_type"])
-    if described["model_type"] == "timm_wrapper" and not is_timm_available():
+    return found
+
+
+def _family(settings: ModelSettings) -> Family:
+    """The family that the config names: timm's own needs timm."""
+    name = described(settings)["model_type"]
+    kind = family(name)
+    if name == "timm_wrapper" and not is_timm_available():
+        where = location(settings.model_name_or_path)
         raise ValueError(f"{where} is a timm checkpoint, which needs timm: pip install timm")
     return kind

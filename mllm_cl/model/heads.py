@@ -1,9 +1,9 @@
 """Heads that grow with the classes: rows of old classes are kept to the bit.
 
-B batch, C classes, D feature width.
+B batch, C classes, D feature width, P prompts of a class.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,30 @@ class Head(nn.Module):
         self.old, self.number = self.number, self.number + number
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """The logits (B, C), in at least fp32: classes that bf16 cannot tell apart would tie."""
+        """The logits (B, C)."""
+        return self.precisely(self.logits, features_BD)
+
+    def precisely(
+        self, rule: Callable[..., Tensor | None], features_BD: Tensor, *others: Tensor
+    ) -> Tensor | None:
+        """A rule of the head, in at least fp32: classes that bf16 cannot tell apart would tie."""
         wide = torch.promote_types(features_BD.dtype, torch.float32)
         with torch.autocast(features_BD.device.type, enabled=False):
-            return self.logits(features_BD.to(wide))
+            return rule(features_BD.to(wide), *others)
 
     def logits(self, features_BD: Tensor) -> Tensor:
         """The head's own rule, in the dtype of the features."""
         raise NotImplementedError
+
+    def losses(self, features_BD: Tensor, labels_B: Tensor) -> Tensor | None:
+        """What each sample (B,) adds to the loss, where that is not the cross entropy of its
+        logits.
+        """
+        return None
+
+    def by_name(self, features_BD: Tensor, prompts_CPD: Tensor) -> Tensor:
+        """cos(φ, t_c), where images and the prompts of classes, seen or not, lie in one space."""
+        return cosines(features_BD, ensemble(prompts_CPD).to(features_BD))
 
 
 class Linear(Head):
@@ -65,6 +81,26 @@ class Linear(Head):
         """W φ + b."""
         dtype = features_BD.dtype
         return functional.linear(features_BD, self.weight.to(dtype), self.bias.to(dtype))
+
+
+class NearestMean(Linear):
+    """Linear while it trains, and answers with the class whose mean is nearest to the feature:
+    logits = −‖φ / ‖φ‖ − mean_c‖².
+
+    `mean_CD` is what a method makes of the features it has seen, of length 1 each.
+    """
+
+    def __init__(self, width: int, number: int = 0, *, seed: int = 0) -> None:
+        super().__init__(width, number, seed=seed)
+        self.mean_CD: Tensor | None = None
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """W φ + b in training; later −‖φ / ‖φ‖ − mean_c‖²."""
+        if self.training:
+            return super().logits(features_BD)
+        assert self.mean_CD is not None, "there are no means before the task has ended"
+        unit_BD, mean_CD = functional.normalize(features_BD, dim=-1), self.mean_CD.to(features_BD)
+        return 2 * unit_BD @ mean_CD.T - mean_CD.square().sum(-1) - 1
 
 
 class Cosine(Head):
@@ -178,6 +214,27 @@ class Prototype(Head):
         return cosines(features_BD, self.weight_CD.to(features_BD))
 
 
+class Named(Head):
+    """logits = scale · cos(φ, t_c), t_c being the text feature of a class's name: nothing trains.
+
+    `text_CD` comes from the names themselves whenever it is needed, so no task has to remember it.
+    """
+
+    def __init__(self, width: int, *, scale: float) -> None:
+        super().__init__(width)
+        self.scale = scale
+        self.text_CD = torch.zeros(0, width)
+
+    def learn(self, text_CD: Tensor) -> None:
+        """The features of all classes so far, old and new."""
+        self.grow(len(text_CD) - self.number)
+        self.text_CD = text_CD
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """scale · cos(φ, t_c)."""
+        return self.scale * cosines(features_BD, self.text_CD.to(features_BD))
+
+
 @torch.no_grad()
 def class_sums(features_ND: Tensor, labels_N: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The sum (C, D) and count (C,) of the features of every class: float64, on the CPU.
@@ -188,6 +245,15 @@ def class_sums(features_ND: Tensor, labels_N: Tensor, number: int) -> tuple[Tens
     sum_CD = torch.zeros(number, features_ND.shape[-1], dtype=torch.float64)
     sum_CD.index_add_(0, labels_N, features_ND.double().cpu())
     return sum_CD, torch.bincount(labels_N, minlength=number).double()
+
+
+def ensemble(prompts_CPD: Tensor) -> Tensor:
+    """One unit feature (C, D) for all prompts of each class: the mean of their directions.
+
+    Source: the released code of PROOF (arXiv:2305.19270), as CLIP's own zero-shot evaluation.
+    """
+    mean_CD = functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
+    return functional.normalize(mean_CD, dim=-1)
 
 
 def cosines(features_BD: Tensor, weight_CD: Tensor) -> Tensor:

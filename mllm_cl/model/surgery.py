@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from mllm_cl import engine
 from mllm_cl.drift.guard import DriftGuard, guarded_gradient
+from mllm_cl.model.heads import Head
 from mllm_cl.model.moe_lora import Router
 
 
@@ -291,6 +292,10 @@ def _remove(module: nn.Module, name: str) -> None:
         module.forward = original
 
 
+def _has_grown(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.partition("::")[0].rpartition(".")[0]), Head)
+
+
 def only_train(model: nn.Module, weights: list[nn.Parameter]) -> None:
     """Freeze all of `model` but the given parameters and every guard's delta."""
     chosen = {id(parameter) for parameter in weights}
@@ -321,7 +326,8 @@ def trained_state(model: nn.Module, base: set[str]) -> dict[str, Tensor]:
 def restore_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put back what `trained_state` returned, into a model that had the same surgery. Collective.
 
-    Raises ValueError where the model lacks a place for a tensor, or the tensor has another shape.
+    A head that has grown since keeps its own new rows, and columns, after the old ones. Raises
+    ValueError where the model lacks a place for a tensor, or the tensor has another shape.
     """
     parameters, installed = dict(model.named_parameters()), guards(model)
     for name, value in tensors.items():
@@ -333,6 +339,10 @@ def restore_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 "or its targets differ from those that wrote it"
             )
         size = place.displacement.shape if kind else engine.shape(place)
+        if _has_grown(model, name) and all(map(int.__le__, value.shape, size)):
+            whole = engine.full(place)
+            whole[tuple(map(slice, value.shape))] = value.to(whole)
+            value = whole
         if value.shape != size:
             raise ValueError(
                 f"the state holds {name!r} of shape {tuple(value.shape)}, the model {tuple(size)}"

@@ -6,8 +6,9 @@ and shards it like any other weight; keys, classes and places of the frozen weig
 B batch, N tokens, D width, R rank of an adapter, P prompts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from types import MethodType
 
 import torch
@@ -23,12 +24,13 @@ from mllm_cl.model.moe_lora import seeded
 class Adaptation(nn.Module):
     """What was put beside frozen weights; while not `active` it leaves what it is given alone.
 
-    Its parameters are fp32 in a model of any dtype, and act in the dtype of what they meet.
+    Its parameters are fp32 in a model of any dtype, and act in the dtype of what they meet. What
+    rests acts, but has the gradient zero for a while.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.active = True
+        self.active, self.resting = True, False
 
 
 class _Seen:
@@ -50,7 +52,7 @@ class Bottleneck(Adaptation):
     """AdaptFormer's adapter beside an MLP (arXiv:2205.13535): adds scale · U dropout(relu(D x)).
 
     x is the residual stream before the MLP's LayerNorm; the adapter has none of its own. U and both
-    biases start at zero, so nothing changes at first.
+    biases start at zero, so nothing changes at first. Several may stand beside one MLP.
     """
 
     def __init__(
@@ -70,16 +72,14 @@ class Bottleneck(Adaptation):
         self.down_R = nn.Parameter(torch.zeros(rank, **place))
         self.up_DR = nn.Parameter(torch.zeros(width, rank, **place))
         self.up_D = nn.Parameter(torch.zeros(width, **place))
-        self.seen = _Seen()
         bound = width**-0.5  # kaiming_uniform with a = √5
         with torch.no_grad():
             self.down_RD.copy_(
                 torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
             )
 
-    def forward(self, branch_BND: Tensor) -> Tensor:
-        """What the MLP answered, with the adapter's answer added."""
-        x_BND = self.seen.take()
+    def forward(self, branch_BND: Tensor, x_BND: Tensor) -> Tensor:
+        """What the MLP answered, with the adapter's answer to x added."""
         if not self.active:
             return branch_BND
         dtype = x_BND.dtype
@@ -133,12 +133,31 @@ class Prompts(Adaptation):
         return hidden_BND[:, : -self.number] if self.active else hidden_BND
 
 
+class Tuned(Adaptation):
+    """A copy of a module, which answers in its place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.own = deepcopy(module)
+
+    def forward(self, *args, **kwargs):
+        """What the copy answers."""
+        return self.own(*args, **kwargs)
+
+
 def attach_adapters(
-    encoder: Encoder, *, rank: int = 64, scale: float = 0.1, dropout: float = 0.1, seed: int = 0
+    encoder: Encoder,
+    *,
+    rank: int = 64,
+    scale: float = 0.1,
+    dropout: float = 0.1,
+    seed: int = 0,
+    name: str = "bottleneck",
 ) -> dict[str, nn.Parameter]:
     """A bottleneck beside the MLP of every block; what trains, by name. No output changes a bit.
 
-    Where a layer scale follows the MLP, as in DINOv2, the adapter's answer is not scaled by it.
+    Those of another `name` stand beside them and act, too, unless `show` says which do. Where a
+    layer scale follows the MLP, as in DINOv2, the adapter's answer is not scaled by it.
     """
     anatomy, backbone = encoder.anatomy, encoder.backbone
     for block in anatomy.blocks:
@@ -151,10 +170,13 @@ def attach_adapters(
             device=norm.weight.device,
             generator=seeded(seed, block.name),
         )
-        _put(branch, "bottleneck", bottleneck, _forward_with_bottleneck)
-        norm._seen, norm._forward_before_seen = bottleneck.seen, norm.forward
-        norm.forward = MethodType(_forward_seen, norm)
-    return _trained(encoder, Bottleneck)
+        _add(branch, name, bottleneck)
+        if "_seen" not in vars(branch):
+            branch._seen = norm._seen = _Seen()
+            for module, forward in ((norm, _forward_seen), (branch, _forward_beside)):
+                module._forward_before_seen = module.forward
+                module.forward = MethodType(forward, module)
+    return _trained(encoder, Bottleneck, name)
 
 
 def attach_ssf(encoder: Encoder, *, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -170,7 +192,7 @@ def attach_ssf(encoder: Encoder, *, seed: int = 0) -> dict[str, nn.Parameter]:
         width = encoder.width if weight is None else engine.shape(weight)[0]
         device = next(backbone.parameters()).device
         scaling = Scaling(width, dim=dim, device=device, generator=seeded(seed, name))
-        _put(module, "ssf", scaling, _forward_with_ssf)
+        put(module, "ssf", scaling, _forward_with_ssf)
     return _trained(encoder, Scaling)
 
 
@@ -196,7 +218,7 @@ def attach_prompts(encoder: Encoder, *, number: int = 5, deep: bool) -> dict[str
     entering = blocks if deep else blocks[:1]
     for block in entering:
         prompts = Prompts(number, anatomy.width, device=device)
-        _put(block, "prompts", prompts, _forward_with_prompts)
+        put(block, "prompts", prompts, _forward_with_prompts)
     # In a tuple, so that the block in which they leave does not register them once more.
     for block in entering if deep else blocks[-1:]:
         block._forward_before_leaving = block.forward
@@ -205,16 +227,33 @@ def attach_prompts(encoder: Encoder, *, number: int = 5, deep: bool) -> dict[str
     return _trained(encoder, Prompts)
 
 
-def _put(module: nn.Module, name: str, part: Adaptation, forward) -> None:
+def attach_copy(encoder: Encoder) -> dict[str, nn.Parameter]:
+    """A second set of weights that answers in the place of the encoder's own, as full fine-tuning
+    that keeps the original; what trains, by name. No output changes a bit.
+
+    All that pictures pass through is in memory twice from here on, and the copy is part of every
+    state: for a ViT-B/16 in fp32 343 MB each.
+    """
+    for module in encoder.seeing:
+        put(module, "tuned", Tuned(module), _forward_tuned)
+    found = _trained(encoder, Tuned)
+    return {name: one for name, one in found.items() if not name.endswith("mask_token")}
+
+
+def put(module: nn.Module, name: str, part: Adaptation, forward) -> None:
     """Make `part` a child of `module`, whose `forward` becomes the given one.
 
     Bound methods, not closures: deepcopy binds them to the copy.
     """
+    _add(module, name, part)
+    vars(module)[f"_forward_before_{name}"] = module.forward
+    module.forward = MethodType(forward, module)
+
+
+def _add(module: nn.Module, name: str, part: Adaptation) -> None:
     if name in module._modules:
         raise ValueError(f"this encoder has a {name} already: one of a kind is what it takes")
     module.add_module(name, part.train(module.training))
-    vars(module)[f"_forward_before_{name}"] = module.forward
-    module.forward = MethodType(forward, module)
 
 
 def _forward_seen(self: nn.LayerNorm, x_BND: Tensor) -> Tensor:
@@ -222,8 +261,17 @@ def _forward_seen(self: nn.LayerNorm, x_BND: Tensor) -> Tensor:
     return self._forward_before_seen(x_BND)
 
 
-def _forward_with_bottleneck(self: nn.Module, x_BND: Tensor) -> Tensor:
-    return self.bottleneck(self._forward_before_bottleneck(x_BND))
+def _forward_beside(self: nn.Module, normed_BND: Tensor) -> Tensor:
+    x_BND, branch_BND = self._seen.take(), self._forward_before_seen(normed_BND)
+    for part in self.children():
+        if isinstance(part, Bottleneck):
+            branch_BND = part(branch_BND, x_BND)
+    return branch_BND
+
+
+def _forward_tuned(self: nn.Module, *args, **kwargs):
+    answers = self.tuned if self.tuned.active else self._forward_before_tuned
+    return answers(*args, **kwargs)
 
 
 def _forward_with_ssf(self: nn.Module, x: Tensor) -> Tensor:
@@ -231,13 +279,17 @@ def _forward_with_ssf(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _forward_with_prompts(self: nn.Module, hidden_BND: Tensor, *args, **kwargs):
-    mask = args[0] if args else kwargs.get("attention_mask")
+    refuse_mask(args[0] if args else kwargs.get("attention_mask"))
+    return self._forward_before_prompts(self.prompts(hidden_BND), *args, **kwargs)
+
+
+def refuse_mask(mask: Tensor | None) -> None:
+    """ValueError for an attention mask, which fits no sequence that prompts have made longer."""
     if mask is not None:
         raise ValueError(
             "prompts make the sequence longer, which an attention mask does not fit; this "
             "attn_implementation makes one for pictures: choose 'sdpa' or 'eager'"
         )
-    return self._forward_before_prompts(self.prompts(hidden_BND), *args, **kwargs)
 
 
 def _forward_and_leave(self: nn.Module, *args, **kwargs):
@@ -245,49 +297,77 @@ def _forward_and_leave(self: nn.Module, *args, **kwargs):
     return prompts.leave(self._forward_before_leaving(*args, **kwargs))
 
 
-def _trained(encoder: Encoder, kind: type[Adaptation]) -> dict[str, nn.Parameter]:
+def _trained(
+    encoder: Encoder, kind: type[Adaptation], called: str | None = None
+) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter
         for path, module in encoder.named_modules()
-        if isinstance(module, kind)
+        if isinstance(module, kind) and called in (None, path.rpartition(".")[2])
         for name, parameter in module.named_parameters()
     }
 
 
+def adaptations(encoder: Encoder) -> list[tuple[str, Adaptation]]:
+    """All that was put in, with what each is called where it is."""
+    return [
+        (path.rpartition(".")[2], module)
+        for path, module in encoder.named_modules()
+        if isinstance(module, Adaptation)
+    ]
+
+
 @contextmanager
-def unadapted(encoder: Encoder) -> Iterator[None]:
-    """Inside, the encoder answers with its frozen weights alone."""
-    found = [module for module in encoder.modules() if isinstance(module, Adaptation)]
-    before = [module.active for module in found]
-    for module in found:
-        module.active = False
+def acting(encoder: Encoder, names: Collection[str]) -> Iterator[None]:
+    """Inside, of all that was put in what is called by one of `names` acts, and nothing else."""
+    found = adaptations(encoder)
+    before = [module.active for _, module in found]
+    for name, module in found:
+        module.active = name in names
     try:
         yield
     finally:
-        for module, active in zip(found, before, strict=True):
+        for (_, module), active in zip(found, before, strict=True):
             module.active = active
 
 
-def show_both(encoder: Encoder, *, normalised: bool = False) -> None:
-    """Let the encoder answer with [φ_frozen; φ_adapted], (B, 2 D), in two passes of one copy of the
-    frozen weights, whose names stay.
+def unadapted(encoder: Encoder) -> AbstractContextManager[None]:
+    """Inside, the encoder answers with its frozen weights alone."""
+    return acting(encoder, ())
 
-    No half is normalised, so in a cosine the longer one counts for more; `normalised` makes them
-    equal, which APER does not do.
+
+def show(
+    encoder: Encoder, parts: Mapping[str, Collection[str]], *, normalised: bool = False
+) -> None:
+    """Let the encoder answer with a feature for each of `parts`, side by side, in a pass each of
+    one copy of the frozen weights, whose names stay: (B, D · parts).
+
+    A part is what is put in and acts in its pass, by name. No feature is normalised, so in a cosine
+    of all the longest counts for most; `normalised` makes them equal, which APER does not do.
     """
-    vars(encoder)["_both_normalised"] = normalised
-    encoder.forward = MethodType(_forward_both, encoder)
-    encoder.width *= 2
+    encoder.width = encoder.width // len(encoder.parts) * len(parts)
+    encoder.parts, encoder.shown = {name: tuple(own) for name, own in parts.items()}, tuple(parts)
+    vars(encoder)["_parts_normalised"] = normalised
+    encoder.forward = MethodType(_forward_parts, encoder)
+    # And from here on: checkpointing runs blocks anew in backward, when no pass is under way.
+    for name, module in adaptations(encoder):
+        module.active = name in encoder.parts[encoder.shown[-1]]
 
 
-def _forward_both(self: Encoder, pixel_values_BCHW: Tensor) -> Tensor:
-    forward = type(self).forward
-    with unadapted(self):
-        frozen_BD = forward(self, pixel_values_BCHW)
-    halves = frozen_BD, forward(self, pixel_values_BCHW)
-    if self._both_normalised:
-        halves = tuple(functional.normalize(half_BD, dim=-1) for half_BD in halves)
-    return torch.cat(halves, dim=-1)
+def show_both(encoder: Encoder, *, normalised: bool = False) -> None:
+    """Let the encoder answer with [φ_frozen; φ_adapted], (B, 2 D)."""
+    own = {name for name, _ in adaptations(encoder)}
+    show(encoder, {"frozen": (), "adapted": own}, normalised=normalised)
+
+
+def _forward_parts(self: Encoder, pixel_values_BCHW: Tensor) -> Tensor:
+    found = []
+    for part in self.shown:
+        with acting(self, self.parts[part]):
+            feature_BD = type(self).forward(self, pixel_values_BCHW)
+        unit = functional.normalize(feature_BD, dim=-1) if self._parts_normalised else feature_BD
+        found.append(unit)
+    return torch.cat(found, dim=-1)
 
 
 @torch.no_grad()
@@ -314,7 +394,7 @@ def merge_ssf(encoder: Encoder) -> None:
 
 
 def _take(module: nn.Module, name: str) -> None:
-    """Undo `_put`, if nothing replaced the forward since."""
+    """Undo `put`, if nothing replaced the forward since."""
     before = vars(module).pop(f"_forward_before_{name}")
     delattr(module, name)
     if before == MethodType(type(module).forward, module):

@@ -6,7 +6,6 @@ Relative paths count from the working directory.
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +84,9 @@ class ClassesBlock:
 
     The first `number` classes, in the order of their names, are put into the order of `order` (a
     seed of NumPy's legacy generator; null: as they are named). The first stage brings `first` of
-    them (0: as many as the others), each later one `increment`, the last what is left.
+    them (0: as many as the others), each later one `increment`, the last what is left. `templates`
+    are the prompts that a text tower reads class names in: a key of data/templates.yaml, or a list
+    of texts with {} for the name. The first trains, all of them together test.
     """
 
     data: str
@@ -94,6 +95,7 @@ class ClassesBlock:
     first: Annotated[int, Between(0)] = 0
     order: Annotated[int, Between(0, 2**32 - 1)] | None = 1993
     preprocessing: Literal["paper_compat", "clip", "siglip", "processor"] = "processor"
+    templates: tuple[str, ...] | str = "plain"
     train_size: Count | None = None  # images of each class, None: all
     eval_size: Count | None = None
     stages: Count | None = None  # only so many of them, None: all
@@ -105,12 +107,28 @@ class ClassesBlock:
             if key in self.args:
                 raise RecipeError(f"args.{key}", "does not belong here: it is a key of 'classes'")
         try:
+            self.prompts()
+        except ValueError as error:
+            raise RecipeError("templates", str(error)) from None
+        try:
             sizes = self.sizes()
         except ValueError as error:
             raise RecipeError("first" if self.first else "increment", str(error)) from None
         if self.stages is not None and self.stages > len(sizes):
             problem = f"found {self.stages}, but there are {len(sizes)}"
             raise RecipeError("stages", problem)
+
+    def prompts(self) -> tuple[str, ...]:
+        """The texts of `templates`. ValueError for an unknown key, and for a text without {}."""
+        from mllm_cl.data.benchmarks import templates  # whose package imports torch
+
+        found = templates(self.templates) if isinstance(self.templates, str) else self.templates
+        rests = {text: text.replace("{}", "", 1) for text in found}
+        wrong = [text for text, rest in rests.items() if rest == text or set("{}") & set(rest)]
+        if wrong or not found:
+            what = f"found {wrong[0]!r}" if wrong else "found no text"
+            raise ValueError(f"{what}, expected texts with one {{}} each, for a class's name")
+        return found
 
     def sizes(self) -> list[int]:
         """How many classes each stage brings, of all stages."""
@@ -120,9 +138,9 @@ class ClassesBlock:
 
     def tasks(self) -> tuple[TaskBlock, ...]:
         """A task per stage, named by the places of its classes in the order: `1-50`, `51-60` …"""
-        ends = list(accumulate(self.sizes()))[: self.stages]
-        starts = [1, *[end + 1 for end in ends]]
-        names = [f"{start}-{end}" for start, end in zip(starts, ends, strict=False)]
+        from mllm_cl.data.classes import stage_names  # which imports torch
+
+        names = stage_names(self.sizes())[: self.stages]
         return tuple(TaskBlock(name=name, data=self.data) for name in names)
 
 

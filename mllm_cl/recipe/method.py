@@ -31,7 +31,7 @@ def written_method(tree: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
 
 
 def method_block(
-    settings: Any, model: ModelBlock, seed: int, written: Mapping[str, Any]
+    settings: Any, model: ModelBlock, seed: int, written: Mapping[str, Any], setting: str
 ) -> tuple[str, "Method", ModelBlock, tuple[str, ...]]:
     """The name of the method, the method, `model` with its adapter settings filled in, and notes.
 
@@ -47,7 +47,7 @@ def method_block(
                 f"method.{key}",
                 f"does not belong here (found {shown(settings[key])}): set 'model.{key}'",
             )
-    kind = _kind(name)
+    kind = _kind(name, setting)
     left_out = _left_out(written, name, kind)
     settings = {key: value for key, value in settings.items() if key not in left_out}
     adapter = _adapter(model, name, kind)
@@ -78,22 +78,19 @@ def check_superseded(tasks: Sequence[TaskBlock], name: str, method: "Method") ->
             )
 
 
-def check_setting(has_classes: bool, name: str, method: "Method") -> None:
-    """RecipeError where a method for classes is given tasks, or the other way round."""
-    wanted = "classes" if method.setting == "class_incremental" else "tasks"
-    given = "classes" if has_classes else "tasks"
-    if wanted != given:
-        problem = f"found {name!r}, which learns {wanted!r}, but the recipe has {given!r}"
-        raise RecipeError("method.name", problem)
-
-
-def _kind(name: str) -> type["Method"]:
-    from mllm_cl.method import load_method
+def _kind(name: str, setting: str) -> type["Method"]:
+    """The method's class. RecipeError where a method for classes is given tasks, or vice versa."""
+    from mllm_cl.method import SETTINGS, load_method
 
     try:
-        return load_method(name)
+        kind = load_method(name, setting)
     except ValueError as error:
         raise RecipeError("method.name", str(error)) from None
+    if kind.setting != setting:  # a file of one's own
+        wanted, given = SETTINGS[kind.setting], SETTINGS[setting]
+        problem = f"found {name!r}, which learns {wanted!r}, but the recipe has {given!r}"
+        raise RecipeError("method.name", problem)
+    return kind
 
 
 def _adapter(model: ModelBlock, name: str, kind: type["Method"]) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def _left_out(written: Mapping[str, Any], name: str, kind: type["Method"]) -> li
         return []
     block = {key: value for key, value in written.items() if key != "name"}
     try:
-        own = _kind(written["name"])
+        own = _kind(written["name"], kind.setting)
     except RecipeError as error:
         problem = f"{error.problem}; so the file says, and its settings cannot be told apart"
         raise RecipeError("method.name", problem) from None

@@ -25,7 +25,6 @@ from mllm_cl.recipe.convert import convert, plain
 from mllm_cl.recipe.errors import RecipeError, unknown
 from mllm_cl.recipe.hints import Between
 from mllm_cl.recipe.method import (
-    check_setting,
     check_superseded,
     method_block,
     written_method,
@@ -89,11 +88,6 @@ class Recipe:
             changed = [key for key in given if f"{error.key}.".startswith(f"{key}.")]
             where = f"{source} with --{changed[-1]} on the command line" if changed else f"{source}"
             raise RecipeError(error.key, error.problem, where) from None
-
-    def refuse_classes(self, command: str) -> None:
-        """RecipeError for a recipe of classes, of which `command` knows nothing yet."""
-        if self.classes is not None:
-            raise RecipeError("classes", f"found a recipe of classes, which {command} cannot read")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in; `training` keeps only what was set.
@@ -209,9 +203,9 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     evaluation = convert(tree["eval"], EvalBlock, "eval")
     model = convert(tree["model"], ModelBlock, "model")
     # last, since it imports torch
-    name, method, model, notes = method_block(tree["method"], model, seed, written)
+    setting = "instruction" if classes is None else "class_incremental"
+    name, method, model, notes = method_block(tree["method"], model, seed, written, setting)
     check_superseded(tasks, name, method)
-    check_setting(classes is not None, name, method)
     return Recipe(
         seed=seed,
         output_dir=output_dir,

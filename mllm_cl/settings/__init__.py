@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -56,14 +56,28 @@ class Setting(Protocol):
     def callbacks(self, collator: Collator) -> list[TrainerCallback]:
         """What the Trainer tells of its progress."""
 
-    def measured(self, place: Place, model: nn.Module) -> Batches | None:
-        """What the method measures of the stage's task; None: a selection of what it trains on."""
+    def measured(
+        self, place: Place, model: nn.Module, trained: Sequence[Sample] | None
+    ) -> Batches | None:
+        """What the method measures of the stage's task; None: a selection of what it trains on,
+        which is `trained`.
+        """
+
+    def trained(
+        self, place: Place, model: nn.Module, samples: Sequence[Sample] | None
+    ) -> tuple[Sequence[Sample] | None, Collator]:
+        """What the Trainer draws from and what makes its batches, for a stage that trains on
+        `samples`.
+        """
 
     def answers(self, place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
         """What the model as it is now, which `state` makes differ from its base, answers to each
         task that the stage is scored on. What an interrupted call had done is not done again.
         Collective.
         """
+
+    def scores(self, place: Place, model: nn.Module) -> dict[str, Any]:
+        """What else a row of scores holds of the model as it is now. Collective."""
 
     def drift(self, place: Place, model: nn.Module, state: State) -> Drift:
         """How far inputs, routers and experts have moved. Collective."""

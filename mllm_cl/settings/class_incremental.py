@@ -1,29 +1,37 @@
 """Class-incremental learning: images in, one of all the classes that were seen so far out."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mllm_cl import engine
-from mllm_cl.data.classes import stages
+from mllm_cl.data import fingerprint
+from mllm_cl.data.classes import stage_names, stages
 from mllm_cl.data.labelled import Labelled, labelled
-from mllm_cl.data.pixels import Epochs, PixelCollator, preset
+from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
-from mllm_cl.features import FeatureBatches, FeatureCache
+from mllm_cl.features import Encoded, Encodes, FeatureBatches, FeatureCache
 from mllm_cl.metrics.answers import metric
+from mllm_cl.metrics.stages import ZERO_SHOT_SCORES
 from mllm_cl.model.classifier import Classifier
-from mllm_cl.model.encoder import load_encoder
+from mllm_cl.model.encoder import Encoder, load_encoder
 from mllm_cl.model.heads import Prototype
 from mllm_cl.model.layers import State
 from mllm_cl.model.load import location
+from mllm_cl.model.texts import Reader, load_reader, reads
 from mllm_cl.model.watch import evaluating
-from mllm_cl.recipe import Recipe, RecipeError
-from mllm_cl.settings import Place
-from mllm_cl.task import Task, TaskSequence
+from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
+from mllm_cl.settings import Collator, Place
+from mllm_cl.task import Sample, Task, TaskSequence
+from mllm_cl.zero_shot import zero_shot
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
@@ -41,44 +49,108 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
         if not len(tested):
             problem = f"there is no image to test {', '.join(names[:3])} with"
             raise RecipeError("classes.data", problem)
-    tasks = zip(recipe.tasks, chosen, pairs, strict=False)
-    return TaskSequence(
-        tuple(
-            Task(each.name, index, *pair, metric("exact_match"), labels=names)
-            for index, (each, names, pair) in enumerate(tasks, start=1)
-        )
-    )
+    titles, order = stage_names(block.sizes()), [name for names in chosen for name in names]
+    every, first = [], 0
+    for index, (title, names, pair) in enumerate(zip(titles, chosen, pairs, strict=True), start=1):
+        known = {"labels": names, "earlier": tuple(order[:first])}
+        every.append(Task(title, index, *pair, metric("exact_match"), **known))
+        first += len(names)
+    last = len(recipe.tasks)
+    return TaskSequence(tuple(every[:last]), later=tuple(every[last:]))
 
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:
     """The backbone without a head, and the collator of what trains."""
+    model, pixels = classifier(recipe, load_encoder)
+    return model, PixelCollator(pixels, classes_of(sequence), training=True, seed=recipe.seed)
+
+
+def classifier(
+    recipe: Recipe, encoder_of: Callable[[ModelBlock], Encoder]
+) -> tuple[Classifier, Preset]:
+    """The backbone, as `encoder_of` opens it, without a head, and how its pictures are prepared.
+
+    RecipeError for settings that do not fit the model.
+    """
+    reader = _reader(recipe)
     try:
-        encoder = load_encoder(recipe.model)
+        encoder = encoder_of(recipe.model)
         where = location(recipe.model.model_name_or_path)
         pixels = preset(recipe.classes.preprocessing, where)
     except ValueError as error:
         raise RecipeError("model", str(error)) from error
-    model = Classifier(encoder, Prototype(encoder.width))
-    return model, PixelCollator(pixels, classes_of(sequence), training=True, seed=recipe.seed)
+    model = Classifier(encoder, Prototype(encoder.width), reader=reader)
+    model.picture_bytes = pixels.test(Image.new("RGB", (SIDE, SIDE))).numel()
+    return model, pixels
+
+
+def _reader(recipe: Recipe) -> Reader | None:
+    """What makes tokens of class names; None where the model reads none.
+
+    RecipeError where the method needs them.
+    """
+    try:
+        if reads(recipe.model):
+            return load_reader(recipe.model, recipe.classes.prompts())
+        problem = "the model has no text tower"
+    except ValueError as error:
+        problem = str(error)
+    if recipe.method.reads:
+        raise RecipeError(
+            "model.model_name_or_path",
+            f"{recipe.method_name} asks for classes by their names, but {problem}; choose a CLIP "
+            "or SigLIP model with its tokenizer",
+        )
+    return None
 
 
 def classes_of(sequence: TaskSequence, stage: int | None = None) -> tuple[str, ...]:
-    """The class names up to a stage, in the order in which they come; None: all."""
-    return tuple(name for task in sequence.tasks[:stage] for name in task.labels)
+    """The class names up to a stage, in the order in which they come; None: all that there are."""
+    tasks = (*sequence.tasks, *sequence.later) if stage is None else sequence.tasks[:stage]
+    return tuple(name for task in tasks for name in task.labels)
 
 
 def callbacks(collator: PixelCollator) -> list[TrainerCallback]:
-    """The epoch, which training pictures draw from."""
-    return [Epochs(collator)]
+    """The epoch, which training pictures draw from; and features that train are made in time."""
+    return [Epochs(collator), Encodes()]
 
 
-def measured(place: Place, model: nn.Module) -> FeatureBatches | None:
-    """The features of all images of the stage's task, as the model makes them when asked."""
+def measured(place: Place, model: nn.Module, trained: Labelled | None) -> FeatureBatches | None:
+    """The features of all images of the stage's task, as the model makes them when asked; where a
+    method rehearses, of all that it trains on.
+    """
     if place.stage == 0:
         return None
     task = place.sequence[place.stage - 1]
-    labels_N = _labels(place, task.train)
-    return FeatureBatches(lambda: _cache(place, model), task.train, labels_N, f"{task.name}-train")
+    rehearsed = place.recipe.method.rehearsal and trained is not None
+    return _batches(place, model, trained if rehearsed else task.train)
+
+
+def trained(
+    place: Place, model: nn.Module, samples: Labelled | None
+) -> tuple[Sequence[Sample] | None, Collator]:
+    """Features in the place of images, where an image has the same features whenever it trains."""
+    steady = model.encoder.steady and place.collator.preset.deterministic
+    if place.stage == 0 or samples is None or not steady:
+        return samples, place.collator
+    encoded = Encoded(_batches(place, model, samples))
+    return encoded, encoded.collate
+
+
+def _batches(place: Place, model: nn.Module, samples: Labelled) -> FeatureBatches:
+    """Of what a frozen encoder makes of past tasks, the files are there."""
+    *past, task = place.sequence.tasks[: place.stage]
+    steady = model.encoder.steady
+    sets = [(f"{one.name}-train", one.train) for one in past] if steady else []
+    labels_N = _labels(place, samples)
+    name = f"{task.name}-train"
+    shown = partial(_shown, place.collator)
+    return FeatureBatches(lambda: _cache(place, model), samples, labels_N, name, shown, sets)
+
+
+def _shown(collator: PixelCollator, samples: Sequence[Sample], epoch: int) -> dict[str, Tensor]:
+    collator.epoch.fill_(epoch)
+    return collator(samples)
 
 
 def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
@@ -90,6 +162,21 @@ def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answ
         labels_N = _labels(place, task.eval)
         found[task.name] = _answered(model, names, task, features_ND, labels_N)
     return found
+
+
+def scores(place: Place, model: nn.Module) -> dict[str, Any]:
+    """Where images and texts lie in one space, the accuracy by name over all classes of the recipe,
+    learnt or not: see `zero_shot`.
+    """
+    if model.reader is None or not model.encoder.joint:
+        return {}
+    sequence, cache = place.sequence, _cache(place, model)
+    sets = (
+        (cache.of(task.eval, f"{task.name}-test"), _labels(place, task.eval))
+        for task in (*sequence.tasks, *sequence.later)
+    )
+    known = len(classes_of(sequence, place.stage))
+    return {ZERO_SHOT_SCORES: zero_shot(model, classes_of(sequence), known, sets)}
 
 
 def drift(place: Place, model: nn.Module, state: State) -> Drift:
@@ -114,6 +201,7 @@ def _cache(place: Place, model: nn.Module) -> FeatureCache:
         f"{how} {recipe.model.attn_implementation}",
         batch_size=recipe.eval.batch_size,
         quiet=place.quiet,
+        printed=partial(place.sequence.once, fingerprint),
     )
 
 

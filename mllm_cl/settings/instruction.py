@@ -1,5 +1,8 @@
 """Instruction tuning: questions and pictures in, generated answers out."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 from transformers import TrainerCallback
 
@@ -15,8 +18,8 @@ from mllm_cl.model.layers import State
 from mllm_cl.model.load import load_model, load_processor
 from mllm_cl.progress import Progress, digest, unfinished
 from mllm_cl.recipe import Recipe, RecipeError, RetainBlock
-from mllm_cl.settings import Place
-from mllm_cl.task import Task, TaskSequence
+from mllm_cl.settings import Collator, Place
+from mllm_cl.task import Sample, Task, TaskSequence
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
@@ -49,8 +52,15 @@ def callbacks(collator: ChatCollator) -> list[TrainerCallback]:
     return []
 
 
-def measured(place: Place, model: nn.Module) -> None:
+def measured(place: Place, model: nn.Module, trained: Sequence[Sample] | None) -> None:
     """A selection of what the method trains on."""
+
+
+def trained(
+    place: Place, model: nn.Module, samples: Sequence[Sample] | None
+) -> tuple[Sequence[Sample] | None, Collator]:
+    """The samples themselves."""
+    return samples, place.collator
 
 
 def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answer]]:
@@ -68,13 +78,18 @@ def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answ
             max_new_tokens=settings.max_new_tokens,
             progress=Progress(
                 unfinished(record.predictions(place.folder, task.name)),
-                f"{made_by} {fingerprint(task.eval)}",
+                f"{made_by} {place.sequence.once(fingerprint, task.eval)}",
             ),
             name=task.name,
             quiet=place.quiet,
         )
         for task in _scored(place.sequence, place.stage)
     }
+
+
+def scores(place: Place, model: nn.Module) -> dict[str, Any]:
+    """Nothing but what answers are scored with."""
+    return {}
 
 
 def drift(place: Place, model: nn.Module, state: State) -> drifts.Drift:

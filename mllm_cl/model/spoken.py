@@ -1,0 +1,109 @@
+"""What trains on the side of texts while images stay as they are: the text tower, or prompts in the
+place of words.
+
+B batch, C classes, D feature width, K learnt prompts, L text length, N texts, P prompts of a class,
+W width of a token.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mllm_cl.model.encoder import Encoder
+from mllm_cl.model.heads import Head, cosines, ensemble
+from mllm_cl.model.moe_lora import seeded
+from mllm_cl.model.texts import Reader
+from mllm_cl.model.vision import Adaptation, put
+
+Tokens = Mapping[str, Tensor]
+PLACE = "X"  # the word that a learnt prompt takes the place of
+
+
+class Spoken(Head):
+    """logits = scale · cos(φ, t_c), with the texts of all classes so far read in every forward,
+    since what reads them trains: by the first prompt of each in training, by all of them at test.
+
+    `pairs`: the loss is CLIP's, of images and the texts of their classes in a batch; images of one
+    class are no negatives of one another there.
+    """
+
+    def __init__(
+        self, width: int, read: Callable[..., Tensor], *, scale: float, pairs: bool = False
+    ) -> None:
+        super().__init__(width)
+        self.read, self.scale, self.pairs = read, scale, pairs
+        self.first: Tokens = {}
+        self.every: Tokens = {}
+
+    def learn(self, names: tuple[str, ...], reader: Reader) -> None:
+        """Know the names of all classes so far, old and new."""
+        prompts = reader.prompts(names)
+        self.first = reader.tokens(prompts[:: len(reader.templates)])
+        self.every = reader.tokens(prompts)
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """scale · cos(φ, t_c)."""
+        return self.scale * cosines(features_BD, self._texts(features_BD))
+
+    def losses(self, features_BD: Tensor, labels_B: Tensor) -> Tensor | None:
+        """With `pairs`: the mean of both cross entropies, from images to texts and back."""
+        if not self.pairs:
+            return None
+        logits_BB = self.scale * cosines(features_BD, self._texts(features_BD)[labels_B])
+        own_B = torch.arange(len(labels_B), device=labels_B.device)
+        same_BB = (labels_B[:, None] == labels_B) & (own_B[:, None] != own_B)
+        logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
+        ways = logits_BB, logits_BB.T
+        return sum(functional.cross_entropy(one, own_B, reduction="none") for one in ways) / 2
+
+    def _texts(self, features_BD: Tensor) -> Tensor:
+        tokens = self.first if self.training else self.every
+        texts_ND = self.read(*(one.to(features_BD.device) for one in tokens.values()))
+        return ensemble(texts_ND.unflatten(0, (self.number, -1)).to(features_BD))
+
+
+class Words(Adaptation):
+    """Learnt vectors in the place of the words at some positions of every text."""
+
+    def __init__(self, first: int, words_KW: Tensor) -> None:
+        super().__init__()
+        self.first, self.words_KW = first, nn.Parameter(words_KW)
+
+    def forward(self, embedded_NLW: Tensor) -> Tensor:
+        """The embedded texts with the learnt vectors in place."""
+        words_KW = self.words_KW.to(embedded_NLW.dtype)
+        last = self.first + len(words_KW)
+        words_NKW = words_KW.expand(len(embedded_NLW), -1, -1)
+        before, after = embedded_NLW[:, : self.first], embedded_NLW[:, last:]
+        return torch.cat([before, words_NKW, after], dim=1)
+
+
+def attach_words(
+    encoder: Encoder, reader: Reader, *, number: int, seed: int = 0
+) -> tuple[Reader, nn.Parameter]:
+    """`number` learnt words before every class name, drawn from N(0, 0.02^2): the reader of texts
+    that have places for them, and the words.
+
+    ValueError where they leave no room in a text, or their place is no word of the tokenizer.
+    """
+    own = reader.tokenizer(PLACE, add_special_tokens=False)["input_ids"]
+    places = " ".join([PLACE] * number)
+    text = reader.tokens([f"{places} a"])["input_ids"][0].tolist()
+    first = text.index(own[0]) if len(own) == 1 and own[0] in text else len(text)
+    if text[first : first + number] != own * number:
+        raise ValueError(
+            f"{number} learnt words do not fit into the texts of this model, which have "
+            f"{reader.length} tokens: lower 'words'"
+        )
+    embedding = encoder.backbone.text_model.embeddings.token_embedding
+    draws = torch.randn(number, embedding.embedding_dim, generator=seeded(seed, "words"))
+    words = Words(first, (0.02 * draws).to(embedding.weight.device))
+    put(embedding, "words", words, _forward_with_words)
+    return replace(reader, templates=(f"{places} {{}}.",)), words.words_KW
+
+
+def _forward_with_words(self: nn.Embedding, input_ids_NL: Tensor) -> Tensor:
+    return self.words(self._forward_before_words(input_ids_NL))
