@@ -33,6 +33,13 @@ class ClassMethod(Method):
 
     seed: int = 0
 
+    @property
+    def compares_own(self) -> bool:
+        """Whether images of a task teach to tell its classes from each other alone: of a task with
+        one class nothing could be learnt.
+        """
+        return False
+
     def seen(self, memory: Memory) -> int:
         """How many classes came before this task."""
         return int(memory.get(f"{self.name}/classes", torch.tensor(0)))
@@ -53,6 +60,10 @@ class LinearLearner(ClassMethod):
     """
 
     local: bool = True
+
+    @property
+    def compares_own(self) -> bool:
+        return self.local
 
     def head(self, width: int, number: int) -> Linear:
         """A head of the classes that came before."""

@@ -74,9 +74,17 @@ SETTINGS = (
     ("e_prompt_layer_idx", "expert_blocks"),
     ("alpha", "alpha"),
     ("M", "dim"),
+    ("T", "temperature"),
+    ("ca_epochs", "align_epochs"),
+    ("ca_with_logit_norm", "temperature"),
+    ("alpha_aux", "alpha"),
+    ("train_base", "train_base"),
+    ("ema_decay", "decay"),
+    ("pet_length", "length"),
+    ("down_sample_dim", "rank"),
 )
-EPOCHS = ("tuned_epoch", "epochs", "epoch", "init_epoch")
-RATES = ("init_lr", "lr", "lrate", "init_lrate")
+EPOCHS = ("tuned_epoch", "epochs", "epoch", "init_epoch", "init_epochs", "later_epochs")
+RATES = ("init_lr", "lr", "lrate", "init_lrate", "later_lr")
 DECAYS = ("weight_decay", "init_weight_decay")
 SCHEDULES = {"cosine": "cosine", "constant": "constant"}
 REASONS = {
@@ -177,7 +185,17 @@ def _model(left: dict[str, Any], found: Imported) -> None:
     key = next((one for one in ("backbone_type", "convnet_type") if one in left), None)
     theirs = str(left.pop(key)).lower() if key else "vit_base_patch16_224"
     bare = theirs.removeprefix("pretrained_")
-    for end in ("_adapter", "_ssf", "_vpt", "_l2p", "_dualprompt", "_coda_prompt", "_ease"):
+    for end in (
+        "_adapter",
+        "_ssf",
+        "_vpt",
+        "_l2p",
+        "_dualprompt",
+        "_coda_prompt",
+        "_ease",
+        "_lae",
+        "_memo",
+    ):
         bare = bare.removesuffix(end)
     if bare not in BACKBONES:
         problem = f"found {theirs!r}, a backbone that is not known{nearest(bare, BACKBONES)}"
@@ -242,6 +260,7 @@ def _training(left: dict[str, Any], found: Imported) -> None:
     else:  # which their "adam" is, too
         training["optim"] = "adamw_torch"
     _schedule(left, training, found)
+    training["max_grad_norm"] = 0  # they do not clip; the Trainer does, at 1
     found.tree["training"] = training
 
 
@@ -266,9 +285,11 @@ def _first_of(
 def _schedule(left: dict[str, Any], training: dict[str, Any], found: Imported) -> None:
     usual = "constant" if {"milestones", "init_milestones"} & left.keys() else "cosine"
     name, floor = str(left.pop("scheduler", usual)).lower(), left.pop("min_lr", None)
+    # In most configs the steps of "steplr" lie behind the last epoch.
+    chosen = SCHEDULES.get(name, "constant" if name == "steplr" else "cosine")
     if name not in SCHEDULES:
-        found.unmapped["scheduler"] = f"there is no schedule {name!r}; cosine is here"
-    training["lr_scheduler_type"] = SCHEDULES.get(name, "cosine")
+        found.unmapped["scheduler"] = f"there is no schedule {name!r}; {chosen} is here"
+    training["lr_scheduler_type"] = chosen
     if floor and training["lr_scheduler_type"] == "cosine":
         training["lr_scheduler_type"] = "cosine_with_min_lr"
         training["lr_scheduler_kwargs"] = {"min_lr": floor}

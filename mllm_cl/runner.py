@@ -274,6 +274,11 @@ def _arguments(recipe: Recipe, path: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(path), seed=recipe.seed, remove_unused_columns=False, **settings
     )
+    if arguments.n_gpu > 1:
+        # Without a launcher the Trainer would copy the model to all of them with every step
+        # (DataParallel), and what is put into a forward would go on asking the first one's weights.
+        arguments._n_gpu = 1
+        print("one of several GPUs is used; 'accelerate launch -m mllm_cl run' uses all")
     try:
         check_engine(recipe.method, engine.asked(arguments))
     except ValueError as error:

@@ -26,6 +26,7 @@ from mllm_cl.stopping import Failed
 
 # A LoRA's B starts at zero, so its A has no gradient in the first step, nor what routes to it.
 STEPS = 3
+KEY_BIASES = ("k_proj.bias", "key.bias")
 
 
 class NotTraining(Failed):
@@ -167,6 +168,8 @@ class Trial:
                 "model's forward use them.",
                 tuple(without),
             )
+        # A softmax does not feel what is added to all of its keys: such a gradient is rounding.
+        named = {name: pair for name, pair in named.items() if not name.endswith(KEY_BIASES)}
         still = [name for name, (_, change) in named.items() if not change]
         if moved and still:
             raise NotTraining(

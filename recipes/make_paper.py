@@ -109,14 +109,15 @@ def _proof() -> Iterator[tuple[str, str]]:
                 optimizer = {"optim": "adamw_torch", "lr_scheduler_type": "cosine"}
             head = [
                 f"# PROOF on {_told(name, split)}, CLIP ViT-B/16 of LAION-400M, arXiv:2305.19270.",
-                "# The published numbers are the released code's: --method.mode released.",
+                "# The published numbers are the released code's, and so is the mode here.",
                 f"#   mllm-cl run recipes/paper/{file}.yaml \\",
                 "#     --sweep method.name=proof,zs_clip,simplecil",
             ]
             tree = {
                 "output_dir": f"runs/{file}",
                 "model": {"model_name_or_path": "converted/clip-vit-b-16-laion400m"},
-                "method": {"name": "proof"} | (kept or {"memory_per_class": 20}),
+                "method": {"name": "proof", "mode": "released"}
+                | (kept or {"memory_per_class": 20}),
                 "classes": _classes(name, split, of_clip=True),
                 "training": _training(*OTHERS.get(key, PROOF), 0.05) | optimizer,
                 "eval": {"batch_size": 128},
@@ -148,6 +149,7 @@ def _training(epochs: int, rate: float, batch: int, decay: float) -> dict[str, A
         "learning_rate": rate,
         "per_device_train_batch_size": batch,
         "weight_decay": decay,
+        "max_grad_norm": 0,  # the papers' codes do not clip; the Trainer does, at 1
     }
 
 

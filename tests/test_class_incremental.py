@@ -267,3 +267,11 @@ def test_two_processes_train_and_answer_as_one_does(engine, vit, aper_alone, tmp
     frozen = slice(0, expected["aper/sum"].shape[1] // 2)
     difference = (found["aper/sum"] - expected["aper/sum"])[:, frozen].abs().max()
     assert difference < 1e-6 * TRAIN * expected["aper/sum"].abs().max()
+
+
+def test_a_class_alone_in_its_stage_is_refused_where_it_would_teach_nothing(vit, tmp_path):
+    """Seven classes by two leave one to the last stage."""
+    with pytest.raises(RecipeError, match=r"classes\.increment.*alone in its stage"):
+        run(recipe(tmp_path / "local", vit, "finetune", number=7))
+    run(recipe(tmp_path / "means", vit, number=7))
+    assert (tmp_path / "means/task_4/complete.json").exists()

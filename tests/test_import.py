@@ -65,6 +65,7 @@ def test_a_config_of_aper_is_a_recipe_of_aper(tmp_path):
         "weight_decay": 0.005,
         "optim": "sgd",
         "optim_args": "momentum=0.9",
+        "max_grad_norm": 0,
         "lr_scheduler_type": "cosine",
     }
     assert tree["model"] == {"model_name_or_path": "converted/vit-b-16-augreg-in21k"}
@@ -89,7 +90,7 @@ def test_every_key_that_is_not_in_the_recipe_is_named_with_a_reason(tmp_path):
     keys = {"model_name": "simplecil", "memory_size": 2000, "milestones": [8], "ffn_num": 64}
     keys |= {"cooling": 3, "scheduler": "steplr", "init_lr": 0.1, "lrate": 0.2, "seed": [1, 2]}
     unmapped = imported(config(tmp_path, **COMMON | keys)).unmapped
-    assert "cosine" in unmapped["scheduler"] and "steps" in unmapped["milestones"]
+    assert "constant" in unmapped["scheduler"] and "steps" in unmapped["milestones"]
     assert "placeholder" in unmapped["memory_size"] and "launch file" in unmapped["device"]
     assert "simplecil here has no such setting" in unmapped["cooling"]
     assert "simplecil here has no such setting" in unmapped["ffn_num"]
@@ -141,7 +142,7 @@ def test_prompts_of_l2p_have_our_names(tmp_path):
     assert found.tree["method"].items() >= method.items()
     assert found.tree["method"]["batchwise"] is False and "prompt_key" in found.unmapped
     training = {"optim": "adamw_torch", "lr_scheduler_type": "constant", "learning_rate": 0.001875}
-    assert found.tree["training"] == training
+    assert found.tree["training"] == training | {"max_grad_norm": 0}
 
 
 def test_a_rate_that_does_not_end_at_nothing_is_kept(tmp_path):

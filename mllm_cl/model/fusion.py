@@ -5,6 +5,7 @@ B batch, C classes, D feature width, L tokens of the context, P prompts of a cla
 prompts of a task.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -175,7 +176,8 @@ class Fusion(Head):
             return sum(self._fused(image_BD, name_CD), image_BD @ name_CD.T)
         unit_BD = functional.normalize(image_BD, dim=-1)
         three = [self.scale * unit_BD @ name_CD.T, *self._fused(unit_BD, name_CD)]
-        return torch.stack([one.softmax(-1) for one in three]).mean(0).log()
+        # The logarithm of their mean, which no class is too far behind for.
+        return torch.stack([one.log_softmax(-1) for one in three]).logsumexp(0) - math.log(3)
 
     def by_name(self, features_BD: Tensor, prompts_CPD: Tensor) -> Tensor:
         """cos of both projections; before the first task, of the features themselves."""

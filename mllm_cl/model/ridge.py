@@ -15,6 +15,7 @@ from mllm_cl.model.moe_lora import seeded
 
 PENALTIES = tuple(10.0**power for power in range(8, -9, -1))  # the released code's, largest first
 AT_ONCE = 1024  # samples whose random features are there together
+JUDGED = 4000  # images, at most, that λ is chosen with. ours: an eigendecomposition of more is long
 
 
 class Features(Protocol):
@@ -119,6 +120,7 @@ class Ridge(Head):
         """The best λ for samples of the newest classes, in one decomposition for all."""
         order = torch.randperm(len(labels_N), generator=seeded(self.seed, f"held out {self.old}"))
         held, learnt = order.split([-(-len(order) // 5), len(order) * 4 // 5])
+        learnt = learnt[:JUDGED]
         hidden_NM, right_NC = self.hidden(features_ND[learnt]), one_hot(labels_N[learnt], self)
         left_HM, truth_HC = self.hidden(features_ND[held]), one_hot(labels_N[held], self)
         if len(learnt) <= self.dim:  # the same answers, from the smaller of two matrices

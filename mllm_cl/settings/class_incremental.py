@@ -19,6 +19,7 @@ from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
 from mllm_cl.features import Encoded, Encodes, FeatureBatches, FeatureCache
+from mllm_cl.learner import ClassMethod
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.stages import ZERO_SHOT_SCORES
 from mllm_cl.model.classifier import Classifier
@@ -49,6 +50,14 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
         if not len(tested):
             problem = f"there is no image to test {', '.join(names[:3])} with"
             raise RecipeError("classes.data", problem)
+    alone = [names[0] for names in chosen[: len(recipe.tasks)] if len(names) == 1]
+    if alone and isinstance(recipe.method, ClassMethod) and recipe.method.compares_own:
+        raise RecipeError(
+            "classes.increment",
+            f"leaves {alone[0]} alone in its stage, of which {recipe.method_name} would learn "
+            "nothing: it tells classes of a stage from each other. Choose another number or "
+            "increment, or 'stages' that end before",
+        )
     titles, order = stage_names(block.sizes()), [name for names in chosen for name in names]
     every, first = [], 0
     for index, (title, names, pair) in enumerate(zip(titles, chosen, pairs, strict=True), start=1):

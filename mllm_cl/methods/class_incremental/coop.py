@@ -31,6 +31,10 @@ class CoOp(OptionalRehearsal):
     memory_per_class: int | None = 0
     words: int = 16
 
+    @property
+    def compares_own(self) -> bool:
+        return self.memory_per_class == 0
+
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The learnt words in the place of a text's first; they alone train."""
         super().before_task(model, task, memory)

@@ -40,6 +40,10 @@ class EASE(ClassMethod):
     alpha: float = 0.1
     mode: Literal["paper", "released"] = "paper"
 
+    @property
+    def compares_own(self) -> bool:
+        return True
+
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The adapters of all tasks so far; the newest acts and trains, with a cosine head."""
         if task.index == 0:

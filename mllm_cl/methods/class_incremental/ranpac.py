@@ -23,7 +23,8 @@ class RanPAC(FirstStageLearner):
     fixed; G = Σ h hᵀ and Q = Σ h yᵀ over all images so far; the answer is argmax_c W_c h with
     W = (G + λ I)⁻¹ Q. APER compares means; here what classes have in common is taken out first.
 
-    λ is chosen for each task by squared error on a fifth of its images. `mode: released` is
+    λ is chosen for each task by squared error on a fifth of its images, learnt from at most 4,000
+    of the others. `mode: released` is
     LAMDA-PILOT's head, cos(h, W_c); the paper's is the product. `adaptation: none` leaves the first
     stage's training out (the paper's "no phase 1"). Defaults: M = 10000 of the paper, the rest
     APER's. R is drawn again from the seed; the memory holds the upper triangle of G and Q in
