@@ -33,13 +33,6 @@ class ClassMethod(Method):
 
     seed: int = 0
 
-    @property
-    def compares_own(self) -> bool:
-        """Whether images of a task teach to tell its classes from each other alone: of a task with
-        one class nothing could be learnt.
-        """
-        return False
-
     def seen(self, memory: Memory) -> int:
         """How many classes came before this task."""
         return int(memory.get(f"{self.name}/classes", torch.tensor(0)))
@@ -69,8 +62,10 @@ class LinearLearner(ClassMethod):
         """A head of the classes that came before."""
         return Linear(width, number, seed=self.seed)
 
-    def attach(self, encoder: Encoder) -> Sequence[nn.Parameter]:
-        """The parameters of the encoder that train, put in where they are not its own."""
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
+        """The parameters of the encoder that train, put in where they are not its own; `tasks`
+        counts those so far, with the one to come.
+        """
         return ()
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
@@ -82,7 +77,7 @@ class LinearLearner(ClassMethod):
         if task.index == 0:
             only_train(model, [])
             return
-        trained = self.attach(model.encoder)
+        trained = self.attach(model.encoder, task.index)
         model.head = self.head(model.encoder.width, self.seen(memory))
         model.head.grow(len(task.labels))
         model.local = self.local
@@ -170,7 +165,7 @@ class FirstStageLearner(ClassMethod):
 class WholeLearner(LinearLearner):
     """A method that trains the whole encoder beside its linear head."""
 
-    def attach(self, encoder: Encoder) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
         """All that features of pictures depend on; the running statistics of a ResNet stay."""
         return list(encoder.sight.values())
 
@@ -186,6 +181,19 @@ class Distilling(WholeLearner):
         super().before_task(model, task, memory)
         if task.index and self.seen(memory):
             keep_copy(model).head.train()  # it answers as it does while it learns
+
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
+    ) -> Tensor | None:
+        """What keeps answers about old classes as they were, from the second stage on."""
+        if outputs.before is None:
+            return None
+        before_BC = outputs.before
+        return self.distilled(before_BC, outputs.logits[:, : before_BC.shape[1]])
+
+    def distilled(self, before_BC: Tensor, now_BC: Tensor) -> Tensor:
+        """The term for the logits of old classes, by the copy and by the model."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,13 @@ class Method:
         """
         return {}
 
+    @property
+    def compares_own(self) -> bool:
+        """Whether images of a task teach to tell its classes from each other alone: of a task with
+        one class nothing could be learnt.
+        """
+        return False
+
     def kept_bytes(self, memory: Memory) -> int:
         """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
         return memory.num_bytes

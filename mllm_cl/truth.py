@@ -169,8 +169,11 @@ class Trial:
                 tuple(without),
             )
         # A softmax does not feel what is added to all of its keys: such a gradient is rounding.
-        named = {name: pair for name, pair in named.items() if not name.endswith(KEY_BIASES)}
-        still = [name for name, (_, change) in named.items() if not change]
+        still = [
+            name
+            for name, (_, change) in named.items()
+            if not change and not name.endswith(KEY_BIASES)
+        ]
         if moved and still:
             raise NotTraining(
                 f"{steps} {len(still)} of {len(names)} trained tensors have not moved: "

@@ -167,6 +167,14 @@ def test_an_answer_depends_on_its_batch_in_mode_released_alone():
         torch.testing.assert_close(head(batch), turned, rtol=0, atol=1e-5)
 
 
+def test_no_class_is_too_far_behind_for_an_answer():
+    """At CLIP's scale of 100, where a softmax in fp32 is zero for all but the nearest."""
+    head = fusion()
+    with torch.no_grad():
+        head.log_scale.fill_(log(1000.0))
+    assert head.logits(draw(4, WIDTH, seed=3)).isfinite().all()
+
+
 @pytest.mark.parametrize("mode", ["paper", "released"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_projections_merged_into_one_change_no_answer(mode, residual):

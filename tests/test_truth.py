@@ -13,7 +13,7 @@ from mllm_cl import Memory, cli, load_method, runner
 from mllm_cl.memory import save_tensors
 from mllm_cl.model.surgery import only_train
 from mllm_cl.reload import NotSaved, check_reload
-from mllm_cl.truth import NotTraining
+from mllm_cl.truth import NotTraining, Trial
 from test_runner import recipe, run_in_process, trainer_of
 from toy_run import learn, toy_tasks
 
@@ -59,6 +59,28 @@ def test_what_rounding_keeps_in_its_place_is_named(model, tiny_folder):
         train(model, tiny_folder["llava"], load_method("finetune"), **arguments)
     assert caught.value.names
     assert all("lora_A" in name for name in caught.value.names)  # B starts at zero, and moves
+
+
+@pytest.mark.parametrize(("name", "told"), [("k_proj", False), ("v_proj", True)])
+def test_a_bias_of_keys_need_not_move(name, told):
+    """A softmax does not feel it: what reaches it is rounding, too little to move it with SGD."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2)})
+    layer, optimizer = model[name], torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def learn() -> None:
+        with Trial(model) as trial:
+            for _ in range(3):
+                trial.look({})
+                (layer.weight.sum() + 1e-20 * layer.bias.sum()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            trial.judge()
+
+    if told:
+        with pytest.raises(NotTraining, match=r"have not moved: v_proj\.bias"):
+            learn()
+    else:
+        learn()
 
 
 def test_pictures_that_never_reach_the_tower_are_an_error(model, tiny_folder):

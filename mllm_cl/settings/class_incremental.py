@@ -19,7 +19,6 @@ from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
 from mllm_cl.features import Encoded, Encodes, FeatureBatches, FeatureCache
-from mllm_cl.learner import ClassMethod
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.stages import ZERO_SHOT_SCORES
 from mllm_cl.model.classifier import Classifier
@@ -51,7 +50,7 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
             problem = f"there is no image to test {', '.join(names[:3])} with"
             raise RecipeError("classes.data", problem)
     alone = [names[0] for names in chosen[: len(recipe.tasks)] if len(names) == 1]
-    if alone and isinstance(recipe.method, ClassMethod) and recipe.method.compares_own:
+    if alone and recipe.method.compares_own:
         raise RecipeError(
             "classes.increment",
             f"leaves {alone[0]} alone in its stage, of which {recipe.method_name} would learn "

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from mllm_cl.learner import LinearLearner
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce
-from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.components import Components, begin
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.prompts import Query, attach_keys, attach_prefix, chosen_blocks
-from mllm_cl.model.surgery import only_train
 from mllm_cl.task import Task
 
 
@@ -50,13 +48,6 @@ class CODAPrompt(LinearLearner):
         if self.orthogonality < 0:
             raise ValueError(f"orthogonality is 0 or more, found {self.orthogonality}")
 
-    def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
-        """The task's components train, and the head; earlier ones are frozen."""
-        super().before_task(model, task, memory)
-        if task.index:
-            trained = self._attached(model.encoder, task.index)
-            only_train(model, [*trained, *model.head.parameters()])
-
     def start_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
@@ -71,7 +62,8 @@ class CODAPrompt(LinearLearner):
         """What components owe that are not orthogonal."""
         return outputs.owed
 
-    def _attached(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
+        """The task's components; earlier ones are frozen."""
         device, query = next(encoder.parameters()).device, Query()
         size = self.components, 2, self.length // 2, encoder.anatomy.width
         trained = []

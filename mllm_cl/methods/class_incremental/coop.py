@@ -38,12 +38,12 @@ class CoOp(OptionalRehearsal):
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The learnt words in the place of a text's first; they alone train."""
         super().before_task(model, task, memory)
-        encoder, local = model.encoder, self.memory_per_class == 0
+        encoder = model.encoder
         model.reader, words = attach_words(encoder, model.reader, number=self.words, seed=self.seed)
         scale = encoder.backbone.logit_scale.detach().exp().item()
-        model.head, model.local = Spoken(encoder.width, encoder.text, scale=scale), local
-        for number in filter(None, (len(task.earlier), len(task.labels))):
-            model.head.grow(number)
+        model.head = Spoken(encoder.width, encoder.text, scale=scale)
+        model.local = self.compares_own
+        model.head.hold(len(task.earlier), len(task.labels))
         if task.index:
             model.head.learn((*task.earlier, *task.labels), model.reader)
         only_train(model, [words] if task.index else [])

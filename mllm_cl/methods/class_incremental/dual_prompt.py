@@ -13,7 +13,6 @@ from mllm_cl import engine
 from mllm_cl.learner import KeyedLearner
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce
-from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.prompts import (
     Choice,
@@ -24,7 +23,6 @@ from mllm_cl.model.prompts import (
     chosen_blocks,
     drawn,
 )
-from mllm_cl.model.surgery import only_train
 from mllm_cl.task import Task
 
 
@@ -62,13 +60,6 @@ class DualPrompt(KeyedLearner):
                 "one prefix, so leave it out of one of them"
             )
 
-    def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
-        """G, the newest E and its key train, and the head; earlier ones are frozen."""
-        super().before_task(model, task, memory)
-        if task.index:
-            trained = self._attached(model.encoder, task.index)
-            only_train(model, [*trained, *model.head.parameters()])
-
     def start_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
@@ -79,7 +70,8 @@ class DualPrompt(KeyedLearner):
             if isinstance(module, Prefix) and len(module.pool) > 1:
                 engine.write(module.pool[-1], engine.full(module.pool[-2]))
 
-    def _attached(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
+        """G, the newest E and its key; earlier ones are frozen."""
         device, width = next(encoder.parameters()).device, encoder.anatomy.width
         made = {"seed": self.seed, "device": device}
         keys_tPQ = [drawn(1, encoder.width, name=f"key.{task}", **made) for task in range(tasks)]

@@ -24,7 +24,7 @@ class FinetuneAdapter(LinearLearner):
     rank: int = 64
     dropout: float = 0.1
 
-    def attach(self, encoder: Encoder) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
         """One bottleneck beside the MLP of every block."""
         found = attach_adapters(encoder, rank=self.rank, dropout=self.dropout, seed=self.seed)
         return list(found.values())

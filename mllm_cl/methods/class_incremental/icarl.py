@@ -5,7 +5,7 @@ nearest mean of exemplars as the answer.
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from mllm_cl.drift.distil import divergence, even_share
@@ -55,14 +55,8 @@ class ICaRL(Rehearsal, Distilling):
             # Of new classes alone: what old ones are to answer is in `loss`.
             model.criterion, model.local = binary_cross_entropy, True
 
-    def loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
-    ) -> Tensor | None:
-        """The part whose targets are former answers about old classes, from the second stage on."""
-        if outputs.before is None:
-            return None
-        before_BC = outputs.before
-        now_BC = outputs.logits[:, : before_BC.shape[1]]
+    def distilled(self, before_BC: Tensor, now_BC: Tensor) -> Tensor:
+        """The part whose targets are former answers."""
         if self.mode == "paper":
             total = functional.binary_cross_entropy_with_logits(
                 now_BC, before_BC.sigmoid(), reduction="sum"

@@ -43,7 +43,7 @@ class L2P(KeyedLearner):
                 "prompt or more, and no more than there are"
             )
 
-    def attach(self, encoder: Encoder) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
         """The pool and its keys."""
         device = next(encoder.parameters()).device
         size = self.length, encoder.anatomy.width

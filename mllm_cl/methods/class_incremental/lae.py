@@ -59,7 +59,7 @@ class LAE(LinearLearner):
         """A linear head that compares both sides."""
         return Either(width, number, seed=self.seed)
 
-    def attach(self, encoder: Encoder) -> Sequence[nn.Parameter]:
+    def attach(self, encoder: Encoder, tasks: int) -> Sequence[nn.Parameter]:
         """The online side."""
         if self.adaptation == "adapter":
             return attach_sided_adapters(encoder, self.blocks, rank=self.rank, seed=self.seed)

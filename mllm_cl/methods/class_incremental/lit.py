@@ -40,8 +40,7 @@ class LiT(OptionalRehearsal):
         encoder = model.encoder
         scale = encoder.backbone.logit_scale.detach().exp().item()
         model.head = Spoken(encoder.width, encoder.text, scale=scale, pairs=True)
-        for number in filter(None, (len(task.earlier), len(task.labels))):
-            model.head.grow(number)
+        model.head.hold(len(task.earlier), len(task.labels))
         if task.index:
             model.head.learn((*task.earlier, *task.labels), model.reader)
         reading = [

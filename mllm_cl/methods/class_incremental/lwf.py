@@ -4,11 +4,10 @@ a stage it goes on answering about the stage's images. No image of the past is s
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm_cl.drift.distil import divergence, even_share
 from mllm_cl.learner import Distilling
-from mllm_cl.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +29,7 @@ class LwF(Distilling):
             if vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be positive, found {vars(self)[name]}")
 
-    def loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], outputs: object, memory: Memory
-    ) -> Tensor | None:
-        """The distillation, from the second stage on."""
-        if outputs.before is None:
-            return None
-        before_BC = outputs.before
-        now_BC = outputs.logits[:, : before_BC.shape[1]]
+    def distilled(self, before_BC: Tensor, now_BC: Tensor) -> Tensor:
+        """strength * KL."""
         share_B = even_share(before_BC)
         return self.strength * divergence(before_BC, now_BC, share_B, temperature=self.temperature)

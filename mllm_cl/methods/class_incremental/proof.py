@@ -73,8 +73,7 @@ class Proof(OptionalRehearsal):
         )
         for _ in range(task.index):
             model.head.expand()
-        for number in filter(None, (len(task.earlier), len(task.labels))):
-            model.head.grow(number)
+        model.head.hold(len(task.earlier), len(task.labels))
         model.head.names = (*task.earlier, *task.labels)
         only_train(model, model.head.newest() if task.index else [])
 
