@@ -31,6 +31,10 @@ EXPORT_NOTES = """merged: the model with everything in its weights, for plain tr
 adapter for plain PEFT; per-expert-peft: one with factors for every expert, as servers read it. The
 card in the folder says how far its logits are from the trained model's."""
 
+DESCRIBE_NOTES = """The endpoint is what ends in /v1; its key is read from an environment variable.
+Without one the model is a folder or a name on the hub, and runs here. Every answer is kept as it
+comes: the same command goes on where it was stopped, and asks for no more than what is missing."""
+
 # What libraries say when they are imported where there is no GPU, by logger.
 KNOWN_ADVICE = {
     "DeepSpeed": "Setting accelerator to CPU",
@@ -139,6 +143,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(call=_report)
 
+    said = commands.add_parser(
+        "describe",
+        help="have a language model say what the classes of a recipe look like",
+        epilog=DESCRIBE_NOTES,
+        allow_abbrev=False,
+    )
+    said.add_argument("recipe", metavar="RECIPE", help="a YAML file with classes")
+    said.add_argument("--model", metavar="NAME", required=True, help="the language model")
+    said.add_argument("--endpoint", metavar="URL", help="a server of OpenAI's chat completions")
+    said.add_argument("--output", metavar="FILE", help="default: the recipe's classes.descriptions")
+    said.add_argument(
+        "--key-variable", metavar="NAME", default="OPENAI_API_KEY", help="default: %(default)s"
+    )
+    said.add_argument("--at-once", metavar="N", type=int, default=4, help="questions; default: 4")
+    said.set_defaults(call=_describe)
+
     other = commands.add_parser("import", help="make a recipe of a PILOT or C3Box JSON config")
     other.add_argument("config", metavar="CONFIG.json")
     other.add_argument(
@@ -205,10 +225,10 @@ def _forecast(recipes: list, launch: str | None) -> int:
     engines = Launch.read(launch) if launch else Launch()
     for recipe in recipes:
         _announce(recipe, recipes)
-        if recipe.classes is None:
-            tell(forecast(recipe, engines))
-        else:
+        if recipe.of_images:
             tell_classes(forecast_classes(recipe, engines))
+        else:
+            tell(forecast(recipe, engines))
     return 0
 
 
@@ -271,6 +291,10 @@ def _data(arguments: argparse.Namespace) -> int:
         from mllm_cl.data.check_classes import check_classes
 
         return check_classes(recipe)
+    if recipe.retrieval is not None:
+        from mllm_cl.data.check_captions import check_captions
+
+        return check_captions(recipe)
     from mllm_cl.data.check import check
     from mllm_cl.settings.instruction import processor_of
 
@@ -294,6 +318,7 @@ def _list(arguments: argparse.Namespace) -> int:
             print(f"toy:{name}")
         for name in SETS:
             print(f"toy:{name:24}pictures with classes")
+        print(f"toy:{'compositions':24}pictures with captions")
         return 0
     import ast
 
@@ -321,6 +346,29 @@ def _report(arguments: argparse.Namespace) -> int:
     home = arguments.runs[0] if len(arguments.runs) == 1 else "."
     path = write(groups, arguments.output or os.path.join(home, "report"))
     print(f"report: {path}")
+    return 0
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from mllm_cl import describe
+    from mllm_cl.answering import Endpoint, Local
+    from mllm_cl.recipe import RecipeError
+
+    if arguments.at_once < 1:
+        raise RecipeError("--at-once", f"found {arguments.at_once}, expected 1 or more")
+    recipe, named, words = describe.recipe_words(arguments.recipe)
+    output = describe.output_file(arguments.recipe, named, arguments.output)
+    try:
+        if arguments.endpoint is None:
+            ask, at_once = Local(arguments.model), 1
+        else:
+            key = os.environ.get(arguments.key_variable, "")
+            ask, at_once = Endpoint(arguments.endpoint, arguments.model, key), arguments.at_once
+    except ValueError as error:
+        raise RecipeError("--endpoint" if arguments.endpoint else "--model", str(error)) from None
+    found = describe.describe(words, ask, output, describe.parts_of(recipe), at_once)
+    print(f"{len(found.classes)} classes, {sum(map(len, found.pairs.values()))} comparisons")
+    print(f"descriptions: {output}")
     return 0
 
 

@@ -160,15 +160,15 @@ def kernels(facts: Facts, recipe: "Recipe | None" = None) -> list[str]:
     name = "a Qwen3-VL-MoE"
     if recipe is not None:
         settings, name = recipe.model, recipe.model.model_name_or_path
-    of_classes = recipe is not None and recipe.classes is not None
+    of_images = recipe is not None and recipe.of_images
     try:
-        config = _encoder_config(settings) if of_classes else empty_model(settings).config
+        config = _encoder_config(settings) if of_images else empty_model(settings).config
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         return [f"{name} cannot be opened, so nothing is chosen ({_short(error)})"]
     # `attn_implementation` is asked for where weights are loaded; a config alone has the default
     attention = settings.attn_implementation or config._attn_implementation
     lines = [f"attention of {name}: {attention}"]
-    if not of_classes:
+    if not of_images:
         experts = config.get_text_config()._experts_implementation
         lines.append(f"experts, where a model has them: {experts}")
     flash = facts.versions.get("flash_attn") or facts.versions.get("kernels")
@@ -273,13 +273,13 @@ def reach(recipe: "Recipe") -> tuple[list[str], list[str]]:
 
     fine, bad = [], []
     where = recipe.model.model_name_or_path
-    first = ("processor", _open_processor) if recipe.classes is None else ("encoder", _open_encoder)
+    first = ("encoder", _open_encoder) if recipe.of_images else ("processor", _open_processor)
     for what, opened in (first, ("weights", _find_weights)):
         try:
             fine.append(f"{what} of {where}: {opened(recipe, location(where))}")
         except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             bad.append(f"the {what} of {where} cannot be reached: {_short(error)}")
-    more = _reach_tasks(recipe) if recipe.classes is None else _reach_classes(recipe)
+    more = _reach_images(recipe) if recipe.of_images else _reach_tasks(recipe)
     return [*fine, *more[0]], [*bad, *more[1]]
 
 
@@ -300,24 +300,24 @@ def _reach_tasks(recipe: "Recipe") -> tuple[list[str], list[str]]:
     return fine, bad
 
 
-def _reach_classes(recipe: "Recipe") -> tuple[list[str], list[str]]:
-    from mllm_cl.settings.class_incremental import tasks_of
+def _reach_images(recipe: "Recipe") -> tuple[list[str], list[str]]:
+    from mllm_cl.settings import setting_of
 
     try:
-        sequence = tasks_of(recipe)
+        sequence = setting_of(recipe).tasks_of(recipe)
     except ValueError as error:
         return [], [_short(error)]
     train, test = (sum(len(vars(task)[side]) for task in sequence) for side in ("train", "eval"))
     stages = f"{len(sequence)} stages, {train} pictures to train, {test} to test"
-    return [f"data of {recipe.classes.data}: {stages}"], []
+    return [f"data of {recipe.tasks[0].data}: {stages}"], []
 
 
 def _open_encoder(recipe: "Recipe", where: str) -> str:
     """What sees and what prepares pictures; and what reads class names, where a method needs it."""
     from mllm_cl.model.encoder import empty_encoder
-    from mllm_cl.settings.class_incremental import classifier
+    from mllm_cl.settings import opened
 
-    model, pixels = classifier(recipe, empty_encoder)
+    model, pixels = opened(recipe, empty_encoder)
     seen = f"{type(model.encoder.backbone).__name__}, {model.encoder.width} features"
     return f"{seen}, pictures prepared by {pixels.key}"
 

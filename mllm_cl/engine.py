@@ -263,13 +263,18 @@ def optimizer_state(
     """The whole optimizer state by `parameter name::state name`, the same on every engine.
     Collective.
 
-    Scalars (Adam's step) are kept per parameter; on ZeRO they are those of the flat partition.
+    Scalars (Adam's step) are kept per parameter; on ZeRO they are those of the flat partition, as
+    a process knows them that has a part of the parameter.
     """
     inner = _inner(optimizer)
     tensors: dict[str, Tensor] = {}
+    known: dict[str, float] = {}
     for parameter_name, parameter in parameters.items():
+        parted = _is_zero(parameter)
+        mine = not parted or _flat_partition(inner, parameter) is not None
         for key, value in _own_state(inner, parameter).items():
             if value.dim() == 0:
+                known |= {f"{parameter_name}::{key}": float(value)} if parted and mine else {}
                 tensors[f"{parameter_name}::{key}"] = value.detach().float().cpu()
             elif _is_zero(parameter):
                 from deepspeed.utils import safe_get_full_optimizer_state
@@ -280,6 +285,8 @@ def optimizer_state(
                 ).clone()
             else:
                 tensors[f"{parameter_name}::{key}"] = full(value)
+    for one in gather([known]):
+        tensors |= {name: torch.tensor(value) for name, value in one.items()}
     return tensors
 
 
@@ -292,6 +299,26 @@ def room_for_moments(optimizer: torch.optim.Optimizer, parameters: list[Tensor])
         return []
     kept = [one for one in map(local, parameters) if one is not None]
     return [torch.empty_like(one) for one in kept for _ in range(2)]
+
+
+def forget(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    """Take what an optimizer has seen of some parameters back to zero, with its count of steps.
+
+    Under ZeRO they must be all that is in their groups, which have one count each.
+    """
+    inner, done = _inner(optimizer), set()
+    for parameter in parameters:
+        owner = _flat_partition(inner, parameter) if _is_zero(parameter) else parameter
+        if owner is None or id(owner) in done:
+            continue
+        done.add(id(owner))
+        state = inner.state.get(owner, {})
+        if not all(map(torch.is_tensor, state.values())):
+            # Counts that are no tensors, beside tables of 8 bits: the next step makes them anew.
+            del inner.state[owner]
+            continue
+        for value in state.values():
+            value.zero_()
 
 
 def load_optimizer_state(
@@ -358,6 +385,9 @@ def _own_state(inner: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Ten
             )
         return dict(state)
     # A rank may own no part of a small parameter; the collectives below need the same keys on all.
+    flat = _flat_partition(inner, parameter)
+    if flat is not None and inner.state.get(flat):
+        return dict(inner.state[flat])
     return next((dict(state) for state in inner.state.values() if state), {})
 
 

@@ -20,7 +20,7 @@ from mllm_cl import engine
 from mllm_cl.data import fingerprint
 from mllm_cl.data.ahead import ahead
 from mllm_cl.memory import load_tensors, save_tensors
-from mllm_cl.model.classifier import Classifier
+from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.watch import evaluating
 from mllm_cl.progress import digest
@@ -44,18 +44,20 @@ class FeatureCache:
     fingerprint of them, and `how`, which names preprocessing and precision. Another file of the
     folder is never read, so none has to be deleted. Each part that an encoder shows side by side
     with others has a file of its own, named by its own weights and those that all share: what an
-    adapter of an earlier task makes of a set is not encoded again for a later one. `collate`
-    makes `pixel_values` of samples, without anything random. Made anew whenever weights may have
-    moved.
+    adapter of an earlier task makes of a set is not encoded again for a later one. Where pictures
+    of a batch share an answer, its size counts, too. `collate` makes what the model takes of
+    samples, without anything random. Made anew whenever weights may have moved. `reading`: the
+    samples are texts.
     """
 
     folder: Path
-    model: Classifier
+    model: Encoding
     collate: Callable[[Sequence[Sample]], dict[str, Tensor]]
     how: str
     batch_size: int = 64
     quiet: bool = True
     printed: Callable[[Images], str] = fingerprint  # or what knows it already
+    reading: bool = False
 
     def of(self, samples: Images, name: str) -> Tensor:
         """The features (N, D) of all samples, in their order, on every process. Collective.
@@ -108,13 +110,14 @@ class FeatureCache:
         batches = [list(mine[one * size : (one + 1) * size]) for one in range(rounds)]
         # Sharded weights are gathered by all: who has nothing left encodes an image again.
         places = [place for batch in batches for place in batch or [0]]
-        prepared = ahead(lambda place: self._pixels(samples[place]), places, 2 * size)
+        prepared = ahead(lambda place: self._inputs(samples[place]), places, 2 * size)
         device, parts = next(self.model.parameters()).device, []
         bar = tqdm(batches, desc=f"encoding {name}", disable=self.quiet, leave=False)
         with evaluating(self.model), closing(prepared):
             for batch in bar:
-                pixels_BCHW = torch.cat(list(islice(prepared, len(batch) or 1))).to(device)
-                outputs = self.model(pixel_values=pixels_BCHW, only_features=True)
+                each = list(islice(prepared, len(batch) or 1))
+                inputs = {key: torch.cat([one[key] for one in each]).to(device) for key in each[0]}
+                outputs = self.model(**inputs, only_features=True)
                 parts.append((batch, outputs.features.float().cpu()[: len(batch)]))
         engine.shard_again(self.model)
         features_ND = torch.zeros(len(samples), parts[0][1].shape[1])
@@ -124,14 +127,15 @@ class FeatureCache:
         wrong = (~features_ND.isfinite().all(1)).nonzero().flatten().tolist()
         if wrong:
             raise FloatingPointError(
-                f"the features of {len(wrong)} of {len(samples)} images of {name} are no numbers "
+                f"the features of {len(wrong)} of {len(samples)} samples of {name} are no numbers "
                 f"(the first is {samples.id(wrong[0])}): lower the learning rate, or take bf16 or "
                 "fp32 in the place of fp16"
             )
         return features_ND
 
-    def _pixels(self, sample: Sample) -> Tensor:
-        return self.collate([sample])["pixel_values"]
+    def _inputs(self, sample: Sample) -> dict[str, Tensor]:
+        found = self.collate([sample])
+        return {key: value for key, value in found.items() if key != "labels"}
 
     def _write(self, path: Path, features_ND: Tensor) -> None:
         if engine.rank() == 0:
@@ -143,10 +147,12 @@ class FeatureCache:
         """What tells a part's features of these samples from all others. Collective."""
         width = self.model.encoder.width // len(parts)
         made_by = f"{self._shared} {width} {self.how} {self.printed(samples)}"
+        if self.model.encoder.batchwise:
+            made_by += f" {self.batch_size} {engine.world_size()}"
         found = hashlib.sha256(made_by.encode())
         for index in range(len(samples)):
             found.update(f" {samples.id(index)}".encode())
-        own = [hashlib.sha256(found.digest() + self._weights(part).encode()) for part in parts]
+        own = [hashlib.sha256(found.digest() + self._own[part].encode()) for part in parts]
         return [one.hexdigest()[:16] for one in own]
 
     @property
@@ -158,8 +164,13 @@ class FeatureCache:
         """Of everything in the encoder that all parts share, trained or not. Collective."""
         return self._weights(None)
 
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        """Of what is each part's own. Collective."""
+        return {part: self._weights(part) for part in self._parts}
+
     def _weights(self, part: str | None) -> str:
-        weights = self.model.encoder.weights_of(part)
+        weights = self.model.encoder.weights_of(part, reading=self.reading)
         return digest({name: engine.full(one) for name, one in weights.items()})
 
 
@@ -212,34 +223,52 @@ class FeatureBatches:
             yield {"features": features_BD, "labels": labels_B}
 
 
-class Encoded(Sequence):
+class Encodable(Sequence):
+    """Samples as features, which are made when the training of a task begins, by `Encodes`."""
+
+    def encode(self) -> None:
+        """Have the features made. Collective."""
+        raise NotImplementedError
+
+
+class Encoded(Encodable):
     """Samples as features (D,) and the places of their classes, in the place of images and names.
 
-    `batches` are asked once: when the training of a task begins, by `Encodes`.
+    `batches` are asked once: when the training of a task begins, by `Encodes`. With `viewed` there
+    are `views` (C, H, W) of the pictures, too, which are drawn whenever they are asked for.
     """
 
-    def __init__(self, batches: FeatureBatches) -> None:
-        self.batches = batches
+    def __init__(
+        self, batches: FeatureBatches, viewed: Callable[[Sample], Tensor] | None = None
+    ) -> None:
+        self.batches, self.viewed = batches, viewed
 
     @cached_property
     def features_ND(self) -> Tensor:
         """The features of all, in their order. Collective."""
         return self.batches.whole()[0]
 
+    def encode(self) -> None:
+        """Ask for the features. Collective."""
+        assert len(self.features_ND)
+
     def __len__(self) -> int:
         return len(self.batches.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"features": self.features_ND[index], "labels": self.batches.labels_N[index]}
+        found = {"features": self.features_ND[index], "labels": self.batches.labels_N[index]}
+        if self.viewed is not None:
+            found["views"] = self.viewed(self.batches.samples[index])
+        return found
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """A batch of `features` (B, D) and `labels` (B,)."""
-        return {key: torch.stack([one[key] for one in samples]) for key in ("features", "labels")}
+        """A batch of `features` (B, D), `labels` (B,) and, if there are any, `views`."""
+        return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
 
 
 class Encodes(TrainerCallback):
-    """Has the features of an `Encoded` set made on the engine, before a worker asks for one."""
+    """Has the features of an `Encodable` set made on the engine, before a worker asks for one."""
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        if isinstance(train_dataloader.dataset, Encoded):
-            assert len(train_dataloader.dataset.features_ND)
+        if isinstance(train_dataloader.dataset, Encodable):
+            train_dataloader.dataset.encode()

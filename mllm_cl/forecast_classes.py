@@ -1,22 +1,24 @@
-"""What a recipe of classes would learn, stage by stage, and what it would take, said before a
-weight is loaded.
+"""What a recipe of classes, or of images and captions, would learn, stage by stage, and what it
+would take, said before a weight is loaded.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
 from torch.nn import Parameter
 
+from mllm_cl.data.captioned import Captioned
 from mllm_cl.data.errors import some
 from mllm_cl.forecast import Launch, bytes_table, human, steps
 from mllm_cl.memory import Memory
 from mllm_cl.model import anatomy
-from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import empty_encoder
+from mllm_cl.model.encoding import Encoding
 from mllm_cl.recipe import Recipe, RecipeError
-from mllm_cl.settings.class_incremental import classifier, tasks_of
+from mllm_cl.settings import opened, setting_of
 from mllm_cl.task import Task
 
 
@@ -52,28 +54,32 @@ def forecast_classes(recipe: Recipe, launch: Launch) -> ClassForecast:
     Bytes are counted from shapes, as `mllm_cl.forecast` does; activations are an estimate for
     vision transformers, and 0 for others.
     """
-    sequence = tasks_of(recipe)
-    model, _ = classifier(recipe, empty_encoder)
+    sequence = setting_of(recipe).tasks_of(recipe)
+    model, _ = opened(recipe, empty_encoder)
     _give_numbers(model)
     total = sum(weight.numel() for weight in model.parameters())
     try:
         recipe.method.before_task(model, sequence[0], Memory())
     except ValueError as error:
         raise RecipeError("method", str(error)) from error
+    if not model.head.number:  # it learns of the stage's classes as late as after the task
+        model.head.grow(len(sequence[0].labels))
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    images = sum(len(task.train) + len(task.eval) for task in sequence)
+    sets = [one for task in sequence for one in (task.train, task.eval)]
+    said = [one.captions for one in sets if isinstance(one, Captioned)]
+    captions = sum(len(set(chain.from_iterable(one))) for one in said)
     return ClassForecast(
         stages=tuple(_stage(recipe, launch, task, bool(trained)) for task in sequence),
         parameters=total,
         trained={name: tuple(weight.shape) for name, weight in trained.items()},
         launch=launch,
         device_bytes=_device_bytes(recipe, launch, model),
-        feature_bytes=4 * images * model.encoder.width,
+        feature_bytes=4 * (sum(map(len, sets)) + captions) * model.encoder.width,
         kept_bytes=recipe.method.forecast_bytes(model, len(sequence)),
     )
 
 
-def _give_numbers(model: Classifier) -> None:
+def _give_numbers(model: Encoding) -> None:
     """Zeros in the place of parameters that are one number, such as CLIP's scale: methods read
     what the number is, which a tensor without memory does not say.
     """
@@ -92,7 +98,7 @@ def _stage(recipe: Recipe, launch: Launch, task: Task, trains: bool) -> StageFor
     return StageForecast(task.name, task.labels, len(task.train), len(task.eval), number)
 
 
-def _device_bytes(recipe: Recipe, launch: Launch, model: Classifier) -> dict[str, int]:
+def _device_bytes(recipe: Recipe, launch: Launch, model: Encoding) -> dict[str, int]:
     weights = list(model.parameters())
     number = sum(weight.numel() for weight in weights if weight.requires_grad)
     name = str(recipe.training.get("optim", "adamw"))
@@ -108,7 +114,7 @@ def _device_bytes(recipe: Recipe, launch: Launch, model: Classifier) -> dict[str
     }
 
 
-def _activations(recipe: Recipe, launch: Launch, model: Classifier) -> int:
+def _activations(recipe: Recipe, launch: Launch, model: Encoding) -> int:
     """34 bytes per patch, width and layer in 16 bits, twice that in 32 (arXiv:2205.05198 eq. 1);
     none where the encoder is frozen.
     """
@@ -134,16 +140,20 @@ def tell_classes(found: ClassForecast) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("stage", "classes", "new", "train", "test", "steps")
+    of_classes = any(stage.classes for stage in found.stages)
+    new = ("classes", "new") if of_classes else ()
+    table = Table("stage", *new, "train", "test", "steps")
     for stage in found.stages:
-        numbers = (len(stage.classes), stage.train, stage.test, stage.steps)
-        table.add_row(stage.name, some(stage.classes, 6), *map(str, numbers))
+        own = (some(stage.classes, 6), len(stage.classes)) if of_classes else ()
+        row = (stage.name, *own, stage.train, stage.test, stage.steps)
+        table.add_row(*map(str, row))
     console.print(table)
     if found.trained:
         console.print(anatomy.shape_table(found.trained, "trained in the first stage"))
     number = sum(prod(shape) for shape in found.trained.values())
     print(f"{number:,} parameters train; the encoder has {found.parameters:,}")
     console.print(bytes_table(found.launch, found.device_bytes))
-    print(f"features on disk, of every image once: {human(found.feature_bytes)}")
+    what = "image" if of_classes else "image and caption"
+    print(f"features on disk, of every {what} once: {human(found.feature_bytes)}")
     if found.kept_bytes:
         print(f"kept between stages: at most {human(found.kept_bytes)}")

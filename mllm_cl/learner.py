@@ -33,6 +33,10 @@ class ClassMethod(Method):
 
     seed: int = 0
 
+    def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
+        """The number of classes."""
+        return 8
+
     def seen(self, memory: Memory) -> int:
         """How many classes came before this task."""
         return int(memory.get(f"{self.name}/classes", torch.tensor(0)))
@@ -67,10 +71,6 @@ class LinearLearner(ClassMethod):
         counts those so far, with the one to come.
         """
         return ()
-
-    def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
-        """The number of classes."""
-        return 8
 
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The head with rows for the new classes; it trains, and what was attached."""
@@ -158,7 +158,8 @@ class FirstStageLearner(ClassMethod):
             return attach_copy(encoder)
         if self.adaptation == "bn":
             return attach_statistics(encoder)
-        return attach_prompts(encoder, number=self.prompts, deep=self.adaptation == "vpt_deep")
+        deep = self.adaptation == "vpt_deep"
+        return attach_prompts(encoder, number=self.prompts, deep=deep, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,39 @@ class Distilling(WholeLearner):
     def distilled(self, before_BC: Tensor, now_BC: Tensor) -> Tensor:
         """The term for the logits of old classes, by the copy and by the model."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expanding(ClassMethod):
+    """A method that adds weights with every task and freezes the earlier ones.
+
+    `emulate_legacy_decay` lets them fade, as they did where published tables come from: torch 1
+    left gradients of zero on what was frozen, and the SGD of mode released, which is given all
+    parameters, shrinks what has any gradient by its weight decay. It is there to compare with such
+    tables, and warns.
+    """
+
+    mode: Literal["paper", "released"] = "paper"
+    emulate_legacy_decay: bool = False
+
+    @property
+    def legacy_decay(self) -> bool:
+        return self.emulate_legacy_decay
+
+    def check_decay(self) -> None:
+        """Warn of weights that fade; called by `__post_init__`. ValueError in mode paper."""
+        if not self.emulate_legacy_decay:
+            return
+        if self.mode == "paper":
+            raise ValueError(
+                "emulate_legacy_decay is what the released code did under torch 1, found it with "
+                "mode 'paper': set 'mode: released', or leave it out"
+            )
+        warnings.warn(
+            f"{self.name} with 'emulate_legacy_decay: true' lets weight decay shrink what earlier "
+            "tasks learnt: take it to compare with published tables alone",
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

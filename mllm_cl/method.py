@@ -20,7 +20,7 @@ from mllm_cl.model.surgery import guard, only_train
 from mllm_cl.task import Sample, Task, kept_samples
 
 # What a recipe of each setting brings, by the key that it stands under.
-SETTINGS = {"instruction": "tasks", "class_incremental": "classes"}
+SETTINGS = {"instruction": "tasks", "class_incremental": "classes", "retrieval": "retrieval"}
 
 Batches = Iterable[dict[str, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
@@ -70,9 +70,17 @@ class Method:
     @property
     def rates(self) -> Mapping[str, float]:
         """What the recipe's learning rate is multiplied by, by the beginning of a parameter's name;
-        all others have the rate itself. In a loop of one's own the optimizer is one's own.
+        all others have the rate itself. Each is a group of the optimizer, which in a loop of one's
+        own is one's own.
         """
         return {}
+
+    @property
+    def legacy_decay(self) -> bool:
+        """Whether SGD's weight decay falls on all parameters, biases and norms as well, and on what
+        is frozen of earlier tasks (`Head.fading`), as it did before torch 2.
+        """
+        return False
 
     @property
     def compares_own(self) -> bool:
@@ -80,6 +88,18 @@ class Method:
         one class nothing could be learnt.
         """
         return False
+
+    @property
+    def describes(self) -> frozenset[str]:
+        """The parts that it needs of a file of descriptions: "classes", "pairs"."""
+        return frozenset()
+
+    @property
+    def view(self) -> str:
+        """By which name in `data.views` it wants other views of the pictures that it trains on, to
+        learn from beside them; empty: none.
+        """
+        return ""
 
     def kept_bytes(self, memory: Memory) -> int:
         """What the method keeps of the past, in bytes: its memory, and samples if it keeps any."""
@@ -145,6 +165,21 @@ class Method:
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """Measure what the next task needs, and put it into the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained(Method):
+    """A method that trains nothing: what it learns, if anything, it measures."""
+
+    def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
+        """Everything frozen."""
+        only_train(model, [])
+
+    def train_set(
+        self, task: Task, memory: Memory, past: Sequence[Task]
+    ) -> Sequence[Sample] | None:
+        """Nothing to train on."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

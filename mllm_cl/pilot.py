@@ -82,6 +82,12 @@ SETTINGS = (
     ("ema_decay", "decay"),
     ("pet_length", "length"),
     ("down_sample_dim", "rank"),
+    ("text_des", "text_des"),
+    ("image_aug", "image_aug"),
+    ("sample_noise", "noise"),
+    ("stat", "stat"),
+    ("rerank", "rerank"),
+    ("rerank_top", "rerank_top"),
 )
 EPOCHS = ("tuned_epoch", "epochs", "epoch", "init_epoch", "init_epochs", "later_epochs")
 RATES = ("init_lr", "lr", "lrate", "init_lrate", "later_lr")
@@ -98,6 +104,7 @@ REASONS = {
     "lrate_decay": "there is no schedule in steps",
     "init_lr_decay": "there is no schedule in steps",
     "use_prompt_mask": "which prompts train is part of the method",
+    "sample_num": "all old classes are in every batch, as with 0 there",
 }
 NO_EXEMPLARS = "{} keeps no exemplars; there it is a placeholder"
 
@@ -140,7 +147,10 @@ def _recipe(config: Mapping[str, Any], stem: str) -> Imported:
     found = Imported({"output_dir": f"runs/{stem}", "model": {}, "method": {}})
     name, kind = _method(left, found)
     _model(left, found)
-    _classes(left, found)
+    data = _classes(left, found)
+    if "future" in settable(kind):  # what their files say of classes to come is not left out there
+        found.tree["method"]["future"] = True
+        found.tree["classes"]["descriptions"] = f"${{MLLM_CL_CIL:-data/cil}}/{data}.json"
     _exemplars(left, found, kind)
     _settings(left, found, kind)
     _training(left, found)
@@ -203,7 +213,8 @@ def _model(left: dict[str, Any], found: Imported) -> None:
     found.tree["model"]["model_name_or_path"] = BACKBONES[bare]
 
 
-def _classes(left: dict[str, Any], found: Imported) -> None:
+def _classes(left: dict[str, Any], found: Imported) -> str:
+    """Our name of the data set."""
     theirs = str(left.pop("dataset")).lower()
     if theirs not in DATASETS:
         problem = f"found {theirs!r}, a data set that is not known{nearest(theirs, DATASETS)}"
@@ -221,6 +232,7 @@ def _classes(left: dict[str, Any], found: Imported) -> None:
     if len(seeds) > 1:
         more = ",".join(map(str, seeds))
         found.unmapped["seed"] = f"the first is here; all: --sweep classes.order={more}"
+    return DATASETS[theirs]
 
 
 def _exemplars(left: dict[str, Any], found: Imported, kind: type) -> None:

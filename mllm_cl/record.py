@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer, row
 from mllm_cl.memory import Memory
 from mllm_cl.method import Method
+from mllm_cl.metrics.recall import summary as recall_summary
 from mllm_cl.metrics.scores import CONSTANT, ZERO_SHOT, table
 from mllm_cl.metrics.stages import COUNTS
 from mllm_cl.metrics.stages import summary as stages_summary
@@ -31,6 +33,7 @@ from mllm_cl.model import anatomy, four_bit
 from mllm_cl.model.surgery import guards
 from mllm_cl.progress import unfinished
 from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.recipe.recipe import STREAMS
 from mllm_cl.task import TaskSequence
 
 CUT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # and their defaults
@@ -75,8 +78,9 @@ def _as_known_to(written: dict, recipe: Recipe, wanted: dict) -> dict:
     package, which wrote `written`, did not have.
     """
     defaults = {"method": fields(recipe.method), "model": fields(recipe.model)}
-    if recipe.classes is not None:
-        defaults["classes"] = fields(recipe.classes)
+    for key in STREAMS:
+        if vars(recipe)[key] is not None:
+            defaults[key] = fields(vars(recipe)[key])
     for block, known in defaults.items():
         for one in known:
             new = one.name in wanted[block] and one.name not in written.get(block, {})
@@ -230,6 +234,7 @@ def skipped_rows(sequence: TaskSequence) -> dict[str, dict[str, list[engine.JSON
     return found
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -257,6 +262,8 @@ def scores_of(recipe: Recipe, folder: Path, stages: Sequence[int]) -> dict[str, 
     )
     if recipe.classes is not None:
         found["summary"] |= stages_summary(rows)
+    if recipe.retrieval is not None:
+        found["summary"] |= recall_summary(rows)
     return found
 
 

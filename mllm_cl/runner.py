@@ -165,7 +165,7 @@ def _step(
     bare = trainer.bare_model()
     state = trained_state(bare, base - earlier.keys())  # what was learnt and is frozen now stays
     given = setting.answers(place, bare, state)
-    more = setting.scores(place, bare)
+    more = setting.scores(place, bare, given)
     cost.lap("score")
     watchdog.phase("measuring drift")
     drift = setting.drift(place, bare, state)

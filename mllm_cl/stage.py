@@ -59,7 +59,8 @@ def complete_stage(run: Path, task: str | None = None, *, trust_remote_code: boo
         if number.isdigit() and int(number):
             tree = json.loads((path.parent / "recipe.json").read_text())
             if "tasks" not in tree:
-                raise RecipeError("RUN", f"{run} learnt classes, whose models cannot leave it yet")
+                what = "classes" if "classes" in tree else "retrieval"
+                raise RecipeError("RUN", f"{run} learnt {what}: its models cannot leave it yet")
             done[tree["tasks"][-1]["name"]] = int(number)
     if not done:
         raise RecipeError("RUN", f"{run} holds no complete task of a run")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from weakref import ref
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from mllm_cl.model.precision import check_wide, widen
 from mllm_cl.model.surgery import advance, guards
 from mllm_cl.model.teacher import fill_copy
 from mllm_cl.model.tower import show_guard_picture
+from mllm_cl.model.vision import resting
 from mllm_cl.task import Sample, Task
 from mllm_cl.truth import Trial, Truth
 
@@ -64,6 +66,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
         ) -> None:
             self.method, self.task = method, task
             self.memory = Memory() if memory is None else memory
+            self._unwrapped: tuple[ref[nn.Module], ref[nn.Module]] | None = None
             # The Trainer's own order: the model comes first, its arguments second.
             given = dict(zip(("model", "args"), args, strict=False)) | kwargs
             if given.get("args") is not None:
@@ -85,7 +88,12 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
         def bare_model(self) -> nn.Module:
             """The model inside the engine's wrappers: hooks and guards live on it."""
-            return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+            # Asked several times a step, and accelerate looks through all modules each time.
+            wrapped = self.model_wrapped
+            if self._unwrapped is None or self._unwrapped[0]() is not wrapped:
+                bare = self.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+                self._unwrapped = ref(wrapped), ref(bare)  # which let go of both between tasks
+            return self._unwrapped[1]()
 
         def trained(self) -> dict[str, nn.Parameter]:
             """The parameters that train, by name."""
@@ -136,6 +144,12 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
             nothing.
             """
             self.model_wrapped = engine.wrap_for_answers(self)
+
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            """What weight decay falls on: the Trainer's own choice, or all that there is."""
+            if self.method.legacy_decay:
+                return [name for name, _ in model.named_parameters()]
+            return super().get_decay_parameter_names(model)
 
         def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
             """The Trainer's own, in which what has a rate of its own has a group of its own."""
@@ -213,7 +227,7 @@ def continual(trainer_class: type[Trainer]) -> type[Trainer]:
 
 
 class _BeforeStep(TrainerCallback):
-    """Tells the method of every optimizer step to come."""
+    """Tells the method of every optimizer step to come; what rests begins anew when it wakes."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -222,18 +236,23 @@ class _BeforeStep(TrainerCallback):
         method, done = self.trainer.method, state.global_step / state.max_steps
         method.before_step(self.trainer.bare_model(), self.trainer.memory, done)
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        # Adam counts the steps at rest, of gradient zero, and takes their mean for small: the first
+        # ones afterwards would be several times the rate.
+        engine.forget(self.trainer.optimizer, resting(self.trainer.bare_model()))
+
 
 def _part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Split the groups of an optimizer, before its first step, by the factors of their rates."""
-    factors = {
-        id(one): next((rates[begin] for begin in rates if name.startswith(begin)), 1.0)
+    """Split the groups of an optimizer, before its first step, by what has a rate of its own."""
+    begins = {
+        id(one): next((begin for begin in rates if name.startswith(begin)), "")
         for name, one in model.named_parameters()
     }
     groups = []
     for group in optimizer.param_groups:
-        for factor in sorted({factors[id(one)] for one in group["params"]}):
-            own = [one for one in group["params"] if factors[id(one)] == factor]
-            groups.append({**group, "params": own, "lr": group["lr"] * factor})
+        for begin in sorted({begins[id(one)] for one in group["params"]}):
+            own = [one for one in group["params"] if begins[id(one)] == begin]
+            groups.append({**group, "params": own, "lr": group["lr"] * rates.get(begin, 1.0)})
     # The first one's rate is the one that is logged.
     optimizer.param_groups[:] = sorted(groups, key=lambda group: -group["lr"])
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from mllm_cl import engine
+from mllm_cl.model.heads import Head
 from mllm_cl.model.idle import idle
 from mllm_cl.model.moe_lora import MoELoRA
 from mllm_cl.model.surgery import guards
@@ -50,10 +51,10 @@ class Trial:
     * a batch had pictures and the vision tower was not called.
 
     Exempt is what has no way to move: a guard that lets nothing through or whose experts all rest,
-    an adaptation at rest, a mixture whose resting experts leave the routing or in which one expert
-    answers, experts that are modules of their own (they may meet no token for a while), and as long
-    as no batch had a picture everything outside the language model, and experts that no token was
-    meant for.
+    an adaptation at rest, what of a head fades (`Head.fading`), a mixture whose resting experts
+    leave the routing or in which one expert answers, experts that are modules of their own (they
+    may meet no token for a while), and as long as no batch had a picture everything outside the
+    language model, and experts that no token was meant for.
 
     Nothing is gathered: each process compares a sum of bits of what it keeps, and one sum over the
     processes says whether any of them moved. Runs of fewer steps, and of a learning rate of zero,
@@ -240,6 +241,10 @@ def _exempt(model: nn.Module, names: list[str], *, seen: bool) -> set[str]:
             heads.append(f"{path}.")
         elif isinstance(module, Adaptation):
             heads += [f"{path}."] * module.resting
+        elif isinstance(module, Head):
+            fading = {id(one) for one in module.fading()}
+            own = module.named_parameters(prefix=path)
+            heads += [name for name, one in own if id(one) in fading]
     found = {name for name in names if name.startswith(tuple(heads))}
     whole = None if seen else _sees(model)
     if whole is not None:

@@ -35,6 +35,20 @@ def zero_shot(
     return {"seen": seen, "unseen": unseen, "harmonic_mean": harmonic_mean(seen, unseen)}
 
 
+def alignment(model: Classifier, features_ND: Tensor, text_ND: Tensor) -> float:
+    """The LAION score: the mean cosine of images and their own captions, as the model makes both
+    now. Images and texts drift apart where it falls. Collective.
+
+    Source: PROOF, arXiv:2305.19270, on pairs of LAION-400M; how many is not told.
+    """
+    device, parts = next(model.parameters()).device, []
+    with evaluating(model):
+        for image_BD, text_BD in zip(features_ND.split(256), text_ND.split(256), strict=True):
+            given = {"features": image_BD.to(device), "prompts": text_BD[:, None].to(device)}
+            parts.append(model(**given).logits.diagonal().double().cpu())
+    return torch.cat(parts).mean().item()
+
+
 def harmonic_mean(seen: Score, unseen: Score) -> Score:
     """2 s u / (s + u), 0 where both are 0."""
     if seen is None or unseen is None:

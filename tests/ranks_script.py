@@ -6,6 +6,7 @@ error of all, the seconds it took, and what is in the folder of the first task.
 The processes are forks of this one, which has imported everything, under torchrun's own agent.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -97,6 +98,8 @@ def launch(case: str, words: list[str]) -> dict:
 
 def main() -> None:
     importlib.import_module("mllm_cl.runner")
+    gc.collect()
+    gc.freeze()
     found = []
     for word in sys.argv[2:]:
         name, _, case = word.partition("=")

@@ -7,6 +7,7 @@ sample's picture. With FOOTPRINT, each process appends a line of memory, open fi
 its own number per stage.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -53,6 +54,8 @@ def main() -> None:
 
     from mllm_cl import cli, runner
 
+    gc.collect()
+    gc.freeze()  # each stage collects garbage, and would look through all that was imported
     torch.set_num_threads(1)
     if "SEEN" in os.environ:
         write_what_is_seen(Path(os.environ["SEEN"]))

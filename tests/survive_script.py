@@ -5,6 +5,7 @@ digests of what each left.
 The processes are forks of this one, which has imported everything, so that a life takes seconds.
 """
 
+import gc
 import hashlib
 import importlib
 import json
@@ -55,6 +56,8 @@ def main() -> None:
 
     # What every life needs, once.
     importlib.import_module("mllm_cl.runner")
+    gc.collect()
+    gc.freeze()
     torch.set_num_threads(1)
     rng, root = random.Random(seed), Path(recipe).parent
     number = signal.Signals[name]

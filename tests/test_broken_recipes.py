@@ -26,7 +26,7 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 def short(path):
     """The recipe with two tasks and one set that is retained, so that hundreds load in seconds."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "classes" in tree:
+    if "tasks" not in tree:
         return tree
     tree["tasks"] = tree["tasks"][-2:]
     tree["tasks"][-1].pop("supersedes", None)

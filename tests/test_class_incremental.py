@@ -10,13 +10,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from class_cells import answers, assert_alike, run_together
 from encoders import SIDE, backbone
 from mllm_cl import Recipe, cli, run
 from mllm_cl.data.labelled import labelled
 from mllm_cl.data.pixels import preset
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.recipe import RecipeError
-from test_engines import launch
 
 DATA, NUMBER, TRAIN, TEST = "toy:compositions", 6, 6, 4
 
@@ -46,14 +46,6 @@ def recipe(folder: Path, model: Path, method: str = "simplecil", **classes) -> R
         "eval": {"batch_size": 5},
     }
     return Recipe.from_tree(tree, "recipe.yaml")
-
-
-def answers(folder: Path, stage: int) -> dict[str, list[str]]:
-    """What was said to the images of each stage."""
-    return {
-        path.stem: [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
-        for path in sorted((folder / f"task_{stage}/predictions").glob("*.jsonl"))
-    }
 
 
 def features(encoder, samples) -> torch.Tensor:
@@ -251,22 +243,14 @@ def without_dropout(one: Recipe) -> Recipe:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_two_processes_train_and_answer_as_one_does(engine, vit, aper_alone, tmp_path):
-    tree = without_dropout(recipe(tmp_path / "run", vit, "aper")).resolved()
-    tree["training"] |= {"per_device_train_batch_size": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    manifest = json.loads((tmp_path / "run/task_1/manifest.json").read_text())
-    assert manifest["engine"] == engine
-    for stage in (1, 2, 3):
-        assert answers(tmp_path / "run", stage) == answers(aper_alone, stage)
-    found, expected = (load_file(folder / "task_3/memory.safetensors")
-                       for folder in (tmp_path / "run", aper_alone))  # fmt: skip
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5, msg=name)
-    frozen = slice(0, expected["aper/sum"].shape[1] // 2)
-    difference = (found["aper/sum"] - expected["aper/sum"])[:, frozen].abs().max()
-    assert difference < 1e-6 * TRAIN * expected["aper/sum"].abs().max()
+    alone = without_dropout(recipe(tmp_path / "run", vit, "aper"))
+    found = run_together(engine, alone, tmp_path, fresh=True)
+    assert_alike(engine, found, aper_alone, "state", "memory", atol=1e-4, rtol=1e-5)
+    sums = [load_file(folder / "task_3/memory.safetensors")["aper/sum"]
+            for folder in (found, aper_alone)]  # fmt: skip
+    frozen = slice(0, sums[1].shape[1] // 2)
+    difference = (sums[0] - sums[1])[:, frozen].abs().max()
+    assert difference < 1e-6 * TRAIN * sums[1].abs().max()
 
 
 def test_a_class_alone_in_its_stage_is_refused_where_it_would_teach_nothing(vit, tmp_path):

@@ -1,16 +1,15 @@
 """CPP: its clusters, contrast and answers against plain loops in float64, and whole runs."""
 
-import json
 import shutil
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from class_cells import assert_alike, run_together
 from encoders import BLOCKS, TRANSFORMERS, WIDTH, backbone, pictures, vit_b16
 from mllm_cl import Memory, Recipe, load_method, run
 from mllm_cl.model.centroids import Finder, centroids
@@ -20,8 +19,7 @@ from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.heads import Prototype
 from mllm_cl.model.prompts import Pool
 from mllm_cl.model.vision import unadapted
-from test_class_incremental import answers, recipe
-from test_engines import launch
+from test_class_incremental import recipe
 from test_prompts import cosine, task
 
 SMALL = {"length": 2, "centroids": 2, "candidates": 2, "hidden": 8, "negatives": 5}
@@ -311,17 +309,5 @@ def test_earlier_prompts_and_centroids_stay_to_the_bit_and_the_neck_is_thrown_aw
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_two_processes_train_and_answer_as_one_does(engine, vit, alone, tmp_path):
-    tree = contrasted(tmp_path / "run", vit, per_device_train_batch_size=3).resolved()
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    manifest = json.loads((tmp_path / "run/task_1/manifest.json").read_text())
-    assert manifest["engine"] == engine
-    for stage in (1, 2, 3):
-        for file in ("state", "memory"):
-            found, expected = (load_file(folder / f"task_{stage}/{file}.safetensors")
-                               for folder in (tmp_path / "run", alone))  # fmt: skip
-            assert found.keys() == expected.keys()
-            for at in expected:
-                torch.testing.assert_close(found[at], expected[at], atol=1e-4, rtol=1e-4, msg=at)
-        assert answers(tmp_path / "run", stage) == answers(alone, stage)
+    found = run_together(engine, contrasted(tmp_path / "run", vit), tmp_path)
+    assert_alike(engine, found, alone, "state", "memory", atol=1e-4, rtol=1e-4)

@@ -240,7 +240,7 @@ def test_rerouting_accuracy_counts_tokens_that_go_to_exactly_their_experts():
 @pytest.fixture(scope="module")
 def drift_on(tiny_folder, tmp_path_factory):
     """The drift that a run of two tasks records on an engine, by stage."""
-    from test_engines import launch
+    from launches import launch
 
     def of(kind: str, engine: str) -> list[dict]:
         if (kind, engine) not in known:

@@ -1,14 +1,13 @@
 """EASE against loops in float64, adapters side by side in one encoder, and whole runs of it."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
+from class_cells import assert_alike, run_together
 from encoders import TRANSFORMERS, backbone, pictures, vit_b16
 from mllm_cl import Recipe, run
 from mllm_cl.data.labelled import labelled
@@ -23,7 +22,6 @@ from mllm_cl.model.surgery import restore_state
 from mllm_cl.model.vision import attach_adapters, show, unadapted
 from mllm_cl.task import Task
 from test_class_incremental import DATA, NUMBER, TEST, TRAIN, answers, features, recipe
-from test_engines import launch
 
 ORDER = [0, 2, 3, 4, 5, 1]  # numpy.random.RandomState(1993).permutation(6), written out
 ADAPTERS = ["adapter_1", "adapter_2", "adapter_3"]
@@ -265,17 +263,5 @@ def test_a_deleted_stage_comes_back_to_the_same_bytes(alone, vit, tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_two_processes_train_and_answer_as_one_does(engine, alone, vit, tmp_path):
-    tree = ease(tmp_path / "run", vit).resolved()
-    tree["training"] |= {"per_device_train_batch_size": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    assert json.loads((tmp_path / "run/task_1/manifest.json").read_text())["engine"] == engine
-    for file in ("memory", "state"):
-        found, expected = (load_file(folder / f"task_3/{file}.safetensors")
-                           for folder in (tmp_path / "run", alone))  # fmt: skip
-        assert found.keys() == expected.keys()
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
-    for stage in (1, 2, 3):
-        assert answers(tmp_path / "run", stage) == answers(alone, stage)
+    found = run_together(engine, ease(tmp_path / "run", vit), tmp_path)
+    assert_alike(engine, found, alone, "state", "memory", atol=1e-4, rtol=1e-4)

@@ -11,8 +11,11 @@ from transformers.utils import is_timm_available
 
 from encoders import BLOCKS, SIDE, TRANSFORMERS, TYPES, WIDTH, backbone, pictures, vit_b16
 from mllm_cl.model.blocks import resolve
+from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import Encoder, empty_encoder, family, load_encoder
+from mllm_cl.model.heads import Linear
 from mllm_cl.model.open_clip import clip_model, renamed
+from mllm_cl.model.precision import widen
 from mllm_cl.recipe import ModelBlock
 
 
@@ -299,3 +302,18 @@ def test_weights_that_are_no_vit_of_open_clip_are_refused_by_name():
     del weights["text_projection"]
     with pytest.raises(ValueError, match="have no 'text_projection'"):
         clip_model(weights)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_resnet_in_bf16_sees_pictures_in_fp32(trained, tmp_path):
+    backbone("resnet").save_pretrained(tmp_path)
+    encoder = load_encoder(replace(settings(tmp_path), dtype="bfloat16"))
+    encoder.requires_grad_(trained)
+    model = Classifier(encoder, Linear(encoder.width, 2))
+    assert bool(widen(model)) == trained
+    out = model.train()(pixel_values=pictures(), labels=torch.zeros(len(pictures()), dtype=int))
+    exact = Encoder(backbone("resnet"))(pictures())
+    assert (out.features.float() - exact).norm() < 0.02 * exact.norm()
+    out.loss.backward()
+    gradients = [one.grad for one in encoder.parameters() if one.requires_grad]
+    assert all(one is not None and one.isfinite().all() for one in gradients)

@@ -5,11 +5,7 @@ Losses are compared over 20 steps (chaos takes over later: a difference of 1e-7 
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,57 +14,13 @@ import yaml
 from safetensors.torch import load_file
 
 from engine_script import FEW, cases
-
-HERE = Path(__file__).parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "true",
-    "ACCELERATE_TORCH_DEVICE": "cpu",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
-LAUNCHES: dict[str, tuple[list[str], dict[str, str]]] = {
-    "single": ([], {}),
-    "ddp": (TORCHRUN, {}),
-    "zero1": ([*ACCELERATE, str(HERE.parent / "launch/cpu/zero2.yaml"), "--zero_stage", "1"], {}),
-    "zero2": ([*ACCELERATE, str(HERE.parent / "launch/cpu/zero2.yaml")], {}),
-    "zero3": ([*ACCELERATE, str(HERE.parent / "launch/cpu/zero3.yaml")], {}),
-    "zero3-offload": ([*ACCELERATE, str(HERE / "zero3_offload.yaml")], {}),
-    "fsdp2": (TORCHRUN, SHARDED),
-}
+from launches import LAUNCHES, launch
 
 WHOLE = [name for name in LAUNCHES if name not in FEW]  # those that take every cell
 
 EIGHT = "--training.per_device_train_batch_size=8"
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
-
-
-def launch(
-    engine: str, script: str, *arguments: str, words: Sequence[str] = (), returns: int = 0, **extra
-) -> str:
-    """Run a script of this folder on an engine, and return what it said; shown where it fails.
-
-    `words` go to the launcher, `extra` into the environment; `returns` is the expected exit code.
-    """
-    own, variables = LAUNCHES[engine]
-    environment = {**os.environ, **variables, "EXPECTED_ENGINE": engine, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *own, *words, str(HERE / script), *arguments],
-        env=environment | extra,
-        capture_output=True,
-        text=True,
-        timeout=1100,
-        cwd=HERE,  # where a launch file of this folder looks for its DeepSpeed file
-    )
-    assert done.returncode == returns, (
-        f"{engine} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    )
-    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +33,7 @@ def results(tiny_folder, tmp_path_factory):
 
     def of(engine: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, list[str]]]:
         if not (out / f"{engine}.json").exists():
-            launch(engine, "engine_script.py", str(out), str(models))
+            launch(engine, "engine_script.py", str(out), str(models), fresh=True)
         found, said = (
             json.loads((out / f"{engine}{kind}.json").read_text()) for kind in ("", "-verdicts")
         )
@@ -310,7 +262,8 @@ def assert_ends_alike(found: Path, expected: Path) -> None:
 
 
 def test_fsdp2_runs_all_stages_as_one_process_does(run_alone, tiny_folder, tmp_path):
-    launch("fsdp2", "run_script.py", str(recipe(tmp_path, tiny_folder["llava"])))
+    path = str(recipe(tmp_path, tiny_folder["llava"]))
+    launch("fsdp2", "run_script.py", path, fresh=True)
     assert {made["engine"] for made in manifests(tmp_path / "run")} == {"fsdp2"}
     assert_ends_alike(tmp_path / "run", run_alone)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from launches import launch
 from mllm_cl import evaluate
 from mllm_cl.data.chat import IGNORE, ChatCollator
 from mllm_cl.data.toy import toy_task
@@ -20,7 +21,6 @@ from mllm_cl.progress import Progress
 from mllm_cl.recipe import ModelBlock
 from mllm_cl.respond import prompts, respond, weigh
 from mllm_cl.task import Sample
-from test_engines import launch
 from test_runner import recipe, run_in_process
 
 EXACT = 1e-4  # fp32: a sum of a few logits, rounded by other batch shapes

@@ -67,7 +67,8 @@ def test_surgery_imports_the_mathematics_and_the_engine_only():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_knows_no_trainer_no_engine_package_and_no_other_method(name):
-    known = {"drift", "model", "task", "memory", "method", "learner", "exemplars", "engine"}
+    known = {"drift", "model", "task", "memory", "method", "engine"}
+    known |= {"learner", "exemplars", "pair_learner"}
     assert ours(name) <= known
     assert not theirs(name) & {"accelerate", "deepspeed", "trl", "datasets"}
     assert "transformers.Trainer" not in imports(tree(name))
@@ -148,7 +149,7 @@ def test_the_commands_are_these():
         for node in called
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_parser"
     ]
-    expected = "data doctor export import list measure report run"
+    expected = "data describe doctor export import list measure report run"
     assert sorted(commands) == expected.split()
 
 

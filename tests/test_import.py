@@ -145,6 +145,17 @@ def test_prompts_of_l2p_have_our_names(tmp_path):
     assert found.tree["training"] == training | {"max_grad_norm": 0}
 
 
+def test_a_config_of_engine_has_its_weights_and_names_its_descriptions(tmp_path):
+    weights = {"text_des": 2, "image_aug": 0.5, "rerank": 0.5, "stat": 0.8, "rerank_top": 5}
+    keys = {"model_name": "engine", "convnet_type": "clip", "sample_num": 0, "sample_noise": 0.3}
+    found = imported(config(tmp_path, **COMMON | weights | keys))
+    method = weights | {"name": "engine", "mode": "released", "noise": 0.3, "future": True}
+    assert found.tree["method"] == method
+    assert found.tree["classes"]["descriptions"].endswith("/cifar100.json")
+    assert "sample_num" in found.unmapped
+    assert Recipe.from_tree(found.tree, "recipe.yaml").method.describes == {"pairs"}
+
+
 def test_a_rate_that_does_not_end_at_nothing_is_kept(tmp_path):
     training = imported(config(tmp_path, **APER | {"min_lr": 1e-5})).tree["training"]
     assert training["lr_scheduler_type"] == "cosine_with_min_lr"

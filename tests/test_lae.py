@@ -1,6 +1,5 @@
 """LAE: two sides of a calibrated prefix against float64, its slow average, and whole runs."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,16 +9,25 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import (
+    Adafactor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
+from class_cells import assert_alike, run_together
 from encoders import TRANSFORMERS, backbone, pictures, vit_b16
-from mllm_cl import Memory, Recipe, learning, load_method, run
+from launches import launch
+from mllm_cl import Memory, Recipe, continual, learning, load_method, run
+from mllm_cl.engine import forget
 from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.heads import Prototype
 from mllm_cl.model.sides import sided
 from mllm_cl.model.vision import unadapted
-from test_class_incremental import answers, recipe
-from test_engines import launch
+from test_class_incremental import recipe
 from test_prompts import plain, task
 
 SMALL = {"length": 3, "blocks": (0, 2), "decay": 0.5}
@@ -194,6 +202,86 @@ def test_shares_that_are_none_are_refused(settings):
         learner(**settings)
 
 
+# The optimizer
+
+
+def optimizers(weights: list[torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Whose states are tensors, one, and numbers beside them."""
+    return [
+        torch.optim.AdamW(weights, lr=0.1),
+        torch.optim.SGD(weights, lr=0.1, momentum=0.9),
+        Adafactor(weights),
+    ]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_an_optimizer_forgets_moves_as_if_it_were_new_and_nothing_else_does(place):
+    one, other, new = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(3))
+    optimizer = optimizers([one, other])[place]
+    gradients = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0))
+    for gradient in gradients[:-1]:
+        one.grad, other.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+    forget(optimizer, [one])
+    with torch.no_grad():
+        new.copy_(one)
+    one.grad, other.grad, new.grad = (gradients[-1].clone() for _ in range(3))
+    optimizer.step()
+    optimizers([new])[place].step()
+    assert torch.equal(one, new) and not torch.equal(other, new)
+
+
+@pytest.mark.parametrize("adaptation", ["prefix", "adapter"])
+def test_the_first_steps_after_a_rest_are_no_larger_than_the_rate(adaptation, tmp_path):
+    """Were the steps at rest counted by Adam, the tenth would be more than twice the rate."""
+    rate, number = 1e-3, 150
+    method = load_method("lae", "class_incremental")(
+        **SMALL, adaptation=adaptation, frozen=0.9, mode="released"
+    )
+    encoder = Encoder(backbone("vit"))
+    samples = [{"pixel_values": one, "labels": i % 3} for i, one in enumerate(pictures(6))]
+
+    class Steps(TrainerCallback):
+        """Where the online sides are after each step."""
+
+        def on_step_end(self, *args, model=None, **kwargs):
+            parts = [part for one in sided(model).values() for part in one.online]
+            places.append(torch.cat([part.detach().flatten() for part in parts]).clone())
+
+    places, arguments = (
+        [],
+        TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=number,
+            per_device_train_batch_size=6,
+            learning_rate=rate,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+        ),
+    )
+    trainer = continual(Trainer)(
+        model=Classifier(encoder, Prototype(encoder.width)),
+        args=arguments,
+        train_dataset=samples,
+        data_collator=default_data_collator,
+        method=method,
+        task=task(1, 3),
+        memory=Memory(),
+        callbacks=[Steps()],
+    )
+    trainer.train()
+    steps = torch.stack(places).diff(dim=0).abs().amax(1)
+    woken = steps[int(0.9 * number) - 1 :]
+    assert not steps[: -len(woken)].any()
+    assert woken[0] == pytest.approx(rate, rel=1e-3)
+    assert woken.max() < 1.2 * rate
+
+
 # Whole runs
 
 
@@ -269,16 +357,25 @@ def test_a_step_is_one_however_it_is_cut(vit, alone, tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_two_processes_train_and_answer_as_one_does(engine, vit, alone, tmp_path):
-    tree = sided_run(tmp_path / "run", vit, per_device_train_batch_size=3).resolved()
+    found = run_together(engine, sided_run(tmp_path / "run", vit), tmp_path)
+    assert_alike(engine, found, alone, "state", "memory", atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(600)
+def test_a_run_that_is_killed_after_a_rest_goes_on_on_zero2_as_in_one_process(vit, tmp_path):
+    """What rested has made fewer steps than the head, which one checkpoint has to tell apart."""
+    words = {"save_steps": 1, "learning_rate": 0.1}
+    runs = [sided_run(tmp_path / name, vit, **words).resolved() for name in ("alone", "together")]
+    for tree in runs:
+        tree["method"] |= {"mode": "released"}
+        tree["classes"] |= {"stages": 1}
+    run(Recipe.from_tree(runs[0], "recipe.yaml"))
+    runs[1]["training"] |= {"per_device_train_batch_size": 3}
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    manifest = json.loads((tmp_path / "run/task_1/manifest.json").read_text())
-    assert manifest["engine"] == engine
-    for stage in (1, 2, 3):
-        found, expected = (load_file(folder / f"task_{stage}/state.safetensors")
-                           for folder in (tmp_path / "run", alone))  # fmt: skip
-        assert found.keys() == expected.keys()
-        for at in expected:
-            torch.testing.assert_close(found[at], expected[at], atol=1e-5, rtol=1e-4, msg=at)
-        assert answers(tmp_path / "run", stage) == answers(alone, stage)
+    path.write_text(yaml.safe_dump(runs[1]))
+    launch("zero2", "run_script.py", str(path), returns=1, KILL_AT_STEP=f"{FROZEN + 1}")
+    assert (tmp_path / f"together/task_1/checkpoint-{FROZEN + 1}/complete.json").exists()
+    launch("zero2", "run_script.py", str(path))
+    close = {"stages": (1,), "atol": 1e-5, "rtol": 1e-4}
+    assert_alike("zero2", tmp_path / "together", tmp_path / "alone", "state", **close)

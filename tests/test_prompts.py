@@ -3,16 +3,15 @@ and CODA-Prompt.
 """
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from class_cells import assert_alike, run_together
 from encoders import BLOCKS, SIDE, TRANSFORMERS, WIDTH, backbone, pictures, vit_b16
 from mllm_cl import Memory, Recipe, load_method, run
 from mllm_cl.data.labelled import labelled
@@ -24,7 +23,6 @@ from mllm_cl.model.heads import Prototype
 from mllm_cl.model.vision import unadapted
 from mllm_cl.task import Task
 from test_class_incremental import DATA, NUMBER, TEST, answers, recipe
-from test_engines import launch
 
 SMALL = {
     "l2p": {"pool": 5, "length": 2, "top_k": 2},
@@ -481,17 +479,5 @@ def test_the_answers_of_a_run_are_those_of_its_weights_to_one_picture_at_a_time(
     ],
 )
 def test_two_processes_train_and_answer_as_one_does(name, engine, vit, runs, tmp_path):
-    tree = prompted(tmp_path / "run", vit, name).resolved()
-    tree["training"] |= {"per_device_train_batch_size": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    manifest = json.loads((tmp_path / "run/task_1/manifest.json").read_text())
-    assert manifest["engine"] == engine
-    for stage in (1, 2, 3):
-        found, expected = (load_file(folder / f"task_{stage}/state.safetensors")
-                           for folder in (tmp_path / "run", runs(name)))  # fmt: skip
-        assert found.keys() == expected.keys()
-        for at in expected:
-            torch.testing.assert_close(found[at], expected[at], atol=1e-5, rtol=1e-4, msg=at)
-        assert answers(tmp_path / "run", stage) == answers(runs(name), stage)
+    found = run_together(engine, prompted(tmp_path / "run", vit, name), tmp_path)
+    assert_alike(engine, found, runs(name), "state", atol=1e-5, rtol=1e-4)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from class_cells import assert_alike, run_together
 from clip import reading_folder
 from encoders import backbone
 from mllm_cl import Recipe, run
@@ -21,8 +21,7 @@ from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.fusion import Fusion
 from mllm_cl.model.heads import cosines, ensemble
-from test_class_incremental import DATA, NUMBER, TRAIN, answers, features, recipe
-from test_engines import launch
+from test_class_incremental import DATA, NUMBER, TRAIN, features, recipe
 
 WIDTH, TASKS, CLASSES, PROMPTS = 8, 2, 5, 3
 TEMPLATES = ["{}", "a photo {}"]
@@ -335,15 +334,9 @@ def test_two_processes_learn_and_answer_as_one_does(engine, clip, tmp_path):
     tree = proof(tmp_path / "alone", clip).resolved()
     tree["classes"] |= {"preprocessing": "clip", "stages": 2}
     run(Recipe.from_tree(tree, "recipe.yaml"))
-    tree["output_dir"] = str(tmp_path / "run")
-    tree["training"] |= {"per_device_train_batch_size": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch(engine, "run_script.py", str(path))
-    for stage in (1, 2):
-        assert answers(tmp_path / "run", stage) == answers(tmp_path / "alone", stage)
-    for name, value in state(tmp_path / "alone", 2).items():
-        torch.testing.assert_close(state(tmp_path / "run", 2)[name], value, rtol=0, atol=1e-5)
+    found = run_together(engine, Recipe.from_tree(tree, "recipe.yaml"), tmp_path)
+    close = {"stages": (1, 2), "atol": 1e-5, "rtol": 0}
+    assert_alike(engine, found, tmp_path / "alone", "state", **close)
 
 
 def test_a_model_of_its_own_is_asked_for_names_by_the_same_door():

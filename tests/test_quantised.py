@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from families import FAMILIES, SPARSE, inputs
+from launches import launch
 from mllm_cl import routers
 from mllm_cl.model import four_bit
 from mllm_cl.model.adapt import expert_sites, weight_sites
@@ -28,7 +29,6 @@ from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
 from mllm_cl.runner import run
 from mllm_cl.stopping import Stopped, Stopping
 from survive_script import digests
-from test_engines import launch
 
 bnb = pytest.importorskip("bitsandbytes")
 

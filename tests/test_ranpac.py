@@ -1,15 +1,14 @@
 """RanPAC against ridge regressions in plain float64, its sums, and whole runs of it."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
+from class_cells import assert_alike, run_together
 from encoders import backbone
 from mllm_cl import Recipe, run
 from mllm_cl.data.labelled import labelled
@@ -21,7 +20,6 @@ from mllm_cl.model.heads import Prototype
 from mllm_cl.model.ridge import PENALTIES, Ridge, square, triangle
 from mllm_cl.task import Task
 from test_class_incremental import DATA, NUMBER, TEST, TRAIN, answers, features, recipe
-from test_engines import launch
 
 DIM = 40
 
@@ -221,16 +219,10 @@ def test_a_deleted_stage_comes_back_to_the_same_bytes(alone, vit, tmp_path):
 @pytest.mark.parametrize(("adaptation", "tolerance"), [("adapter", 1e-4), ("none", 1e-6)])
 def test_two_processes_learn_and_answer_as_one_does(adaptation, tolerance, vit, tmp_path):
     alone = run(ranpac(tmp_path / "alone", vit, adaptation=adaptation))
-    tree = ranpac(tmp_path / "run", vit, adaptation=adaptation).resolved()
-    tree["training"] |= {"per_device_train_batch_size": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    launch("ddp", "run_script.py", str(path))
-    assert json.loads((tmp_path / "run/task_1/manifest.json").read_text())["engine"] == "ddp"
-    found, expected = (load_file(folder / "task_3/memory.safetensors")
-                       for folder in (tmp_path / "run", alone))  # fmt: skip
+    found = run_together("ddp", ranpac(tmp_path / "run", vit, adaptation=adaptation), tmp_path)
+    assert_alike("ddp", found, alone, atol=0, rtol=0)
+    memory, expected = (load_file(folder / "task_3/memory.safetensors")
+                        for folder in (found, alone))  # fmt: skip
     for name, value in expected.items():  # trained adapters differ in the last bits
         close = {"atol": tolerance * float(value.abs().max()), "rtol": 0}
-        torch.testing.assert_close(found[name], value, **close, msg=name)
-    for stage in (1, 2, 3):
-        assert answers(tmp_path / "run", stage) == answers(alone, stage)
+        torch.testing.assert_close(memory[name], value, **close, msg=name)

@@ -16,7 +16,7 @@ from mllm_cl.recipe import Recipe, RecipeError, training_hints
 from mllm_cl.recipe.blocks import ADAPTER
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-OF_TASKS = [path for path in RECIPES if "classes" not in yaml.safe_load(path.read_text())]
+OF_TASKS = [path for path in RECIPES if "tasks" in yaml.safe_load(path.read_text())]
 METHOD = """
     from dataclasses import dataclass
     from typing import Literal

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from test_engines import launch
+from launches import launch
 
 NUM_TASKS, SETTLED = 20, 6
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
@@ -35,7 +35,7 @@ def footprints(
     prints = tmp_path / "footprints"
     prints.mkdir()
     monkeypatch.setenv("FOOTPRINT", str(prints))
-    launch(engine, "run_script.py", recipe(tmp_path, tiny_folder["llava"], number))
+    launch(engine, "run_script.py", recipe(tmp_path, tiny_folder["llava"], number), fresh=True)
     rows = json.loads((tmp_path / "run" / "scores.json").read_text())["rows"]
     assert len(rows) == number + 1
     return [

@@ -435,3 +435,41 @@ def test_statistics_need_batch_normalisation_and_pictures():
         adapt_batch_norm(Encoder(backbone("vit")), [pictures()])
     with pytest.raises(ValueError, match="no picture"):
         adapt_batch_norm(Encoder(backbone("resnet")), [])
+
+
+# The first step
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_the_first_step_of_prompts_is_small_where_a_layer_norm_has_no_epsilon(kind, deep):
+    """As in google/vit-base-patch16-224, of 1e-12: a row of zeros would have a gradient of 1e6."""
+    encoder = Encoder(backbone("vit"))
+    assert encoder.backbone.config.layer_norm_eps == 1e-12
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.bias.zero_()  # of zeros nothing would be left
+    trained = attach_prompts(encoder, number=3, deep=deep)
+    optimizer = getattr(torch.optim, kind)(trained.values(), lr=1e-3)
+    start = {name: one.detach().clone() for name, one in trained.items()}
+    before = encoder(pictures())
+    wanted = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    (before * wanted).mean().backward()
+    optimizer.step()
+    for name, one in trained.items():
+        step = (one - start[name]).abs().max()
+        assert 0 < step < 0.005, name
+    moved = (encoder(pictures()) - before).norm() / before.norm()
+    assert moved < 0.1
+
+
+def test_prompts_start_from_their_seed_alone():
+    one, same, other = (
+        attach_prompts(Encoder(backbone("vit")), deep=True, seed=seed) for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    first, second, _ = one.values()
+    assert not torch.equal(first, second)
+    assert abs(float(torch.cat([*one.values()]).detach().std()) - 0.02) < 0.002

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_engines import LAUNCHES, launch
+from launches import LAUNCHES, launch
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clip import END, reading_folder, tokenizer
 from encoders import SIDE, backbone
@@ -16,6 +17,7 @@ from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.heads import Prototype, ensemble
 from mllm_cl.model.texts import Reader
 from mllm_cl.recipe import RecipeError
+from mllm_cl.settings.class_incremental import tasks_of
 from mllm_cl.zero_shot import harmonic_mean, zero_shot
 from test_class_incremental import DATA, NUMBER, TEST, answers, recipe
 
@@ -209,3 +211,42 @@ def test_images_count_alike_whatever_stage_they_are_of():
     sets = [(features[[0, 0, 0]], torch.tensor([0, 0, 1])), (features[[2]], torch.tensor([2]))]
     found = zero_shot(model, NAMES, 2, sets)
     assert found == {"seen": 2 / 3, "unseen": 1.0, "harmonic_mean": pytest.approx(0.8)}
+
+
+def pictures_with_captions(folder: Path) -> list[tuple[Path, list[str]]]:
+    """Three, one of which has two captions, and the file that names them."""
+    samples = labelled(DATA, "test", 1, number=3)
+    said = [["red circle", "one red circle"], ["a blue cross"], ["green square on the left"]]
+    rows = []
+    for sample, captions in zip(samples, said, strict=True):
+        path = folder / f"{sample['id']}.png"
+        sample["images"][0].save(path)
+        rows.append((path, captions))
+    text = [json.dumps({"image": path.name, "captions": captions}) for path, captions in rows]
+    (folder / "pairs.jsonl").write_text("\n".join(text))
+    return rows
+
+
+def test_the_laion_score_is_the_mean_cosine_of_pictures_and_their_own_captions(clip, tmp_path):
+    pairs, pixels = pictures_with_captions(tmp_path), preset("clip", side=SIDE)
+    captions = {"captions": str(tmp_path / "pairs.jsonl"), "args": {}, "preprocessing": "clip"}
+    run(recipe(tmp_path / "run", clip, "zs_clip", stages=1, **captions))
+    model, cosines = classifier(), []
+    for path, said in pairs:
+        with torch.no_grad(), Image.open(path) as image:
+            seen = model.encoder(pixels.test(image.convert("RGB"))[None])[0].double()
+        for text in said:
+            text_D = read(model, [text])[0]
+            cosines.append(float(seen @ text_D / seen.norm() / text_D.norm()))
+    expected = pytest.approx(sum(cosines) / 4, abs=1e-6)
+    assert row(tmp_path / "run", 0)["zero_shot"]["alignment"] == expected
+    summary = json.loads((tmp_path / "run/scores.json").read_text())["summary"]
+    assert summary["alignment"] == expected
+
+
+def test_captions_that_are_not_there_are_told_before_the_weights_load(clip, tmp_path):
+    (tmp_path / "none.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(RecipeError, match=r"classes\.captions.*none that has the captions"):
+        tasks_of(recipe(tmp_path / "run", clip, captions=str(tmp_path / "none.jsonl")))
+    with pytest.raises(RecipeError, match=r"classes\.captions"):
+        recipe(tmp_path / "run", clip, captions=str(tmp_path / "nowhere.jsonl"))

@@ -71,5 +71,5 @@ def fingerprint(samples: Sequence[Sample], probes: int = 64) -> str:
 
 
 def _said(sample: Sample) -> object:
-    """What belongs to the pictures of a sample: a conversation, or the name of a class."""
-    return sample["messages"] if "messages" in sample else sample["label"]
+    """What belongs to the pictures of a sample: a conversation, a class's name, or captions."""
+    return next(sample[key] for key in ("messages", "label", "captions") if key in sample)

@@ -23,6 +23,7 @@ class Benchmark:
     splits: list[str]
     templates: str
     data: str
+    named: bool = True
     note: str = ""
     of: int | None = None
     order_seed: int | None = 1993
@@ -44,11 +45,12 @@ def benchmark(name: str) -> Benchmark:
 def classes_block(name: str, first: int, increment: int, *, of_clip: bool) -> dict[str, Any]:
     """The block `classes` of a recipe for one of a benchmark's splits, with CLIP or without.
 
-    What is not on the hub is looked for in a folder of its name below `${MLLM_CL_CIL}`.
+    What is not on the hub is looked for in a folder of its name below `${MLLM_CL_CIL}`, and what
+    its classes are called in a YAML file beside it.
     """
-    facts = benchmark(name)
+    facts, place = benchmark(name), f"${{MLLM_CL_CIL:-data/cil}}/{name}"
     block: dict[str, Any] = {
-        "data": facts.hub or f"${{MLLM_CL_CIL:-data/cil}}/{name}",
+        "data": facts.hub or place,
         "number": facts.classes,
         "first": 0 if first == increment else first,
         "increment": increment,
@@ -56,6 +58,7 @@ def classes_block(name: str, first: int, increment: int, *, of_clip: bool) -> di
         "preprocessing": "clip" if of_clip else "paper_compat",
     }
     block |= {"templates": facts.templates} if of_clip else {}
+    block |= {"texts": f"{place}.yaml"} if of_clip and not facts.named else {}
     return block | ({"args": facts.args} if facts.args else {})
 
 

@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
+from mllm_cl.data.captioned import Captioned
 from mllm_cl.data.classes import stage_names, stages
 from mllm_cl.data.errors import DataError, some
 from mllm_cl.data.labelled import Labelled, labelled
@@ -25,7 +26,7 @@ class Opened:
     `hashes` are those of the pixels of the others, by place.
     """
 
-    samples: Labelled
+    samples: Labelled | Captioned
     bad: list[DataError] = field(default_factory=list)
     hashes: dict[int, str] = field(default_factory=dict)
     sizes: Counter = field(default_factory=Counter)
@@ -50,13 +51,14 @@ def check_classes(recipe, file: TextIO | None = None) -> int:
     except ValueError as error:
         problems.append(str(error))
     else:
-        opened = {split: _opened(samples) for split, samples in sets.items()}
+        opened = {split: open_all(samples) for split, samples in sets.items()}
         chosen = stages(sets["train"].names, block.first, block.increment, block.order)
         named = zip(stage_names(block.sizes()), chosen, strict=True)
         plan = list(named)[: block.stages]
         for words in _about(opened, plan):
             console.print(words if isinstance(words, Text) else Text(words))
         problems += _in_the_way(opened, plan)
+        problems += _not_said(recipe, plan)
     verdict = "A run would start on these data." if not problems else "A run would stop at these:"
     console.print(Text(f"\n{verdict}", style="bold"))
     for problem in problems:
@@ -71,7 +73,8 @@ def _sets(block) -> dict[str, Labelled]:
     return {"train": train, "test": labelled(block.data, "test", block.eval_size, **wanted)}
 
 
-def _opened(samples: Labelled) -> Opened:
+def open_all(samples: Labelled | Captioned) -> Opened:
+    """Every picture of a set, opened once."""
     found = Opened(samples)
     for place in range(len(samples)):
         try:
@@ -89,12 +92,17 @@ def _about(
 ) -> Iterator[str | Text]:
     for split, one in opened.items():
         yield f"  {split:8} {_counts(one)}"
-        yield f"  {'':8} {_sizes(one)}"
+        yield f"  {'':8} {sizes_of(one)}"
     train, test = (one.counts for one in opened.values())
     for name, classes in plan:
         numbers = f"{sum(train[c] for c in classes)} train, {sum(test[c] for c in classes)} test"
         yield f"  stage {name}: {numbers}; {len(classes)} classes: {some(classes, 6)}"
     yield from (Text(f"  {words}", style="yellow") for words in _odd(opened))
+    yield from unreadable(opened)
+
+
+def unreadable(opened: dict[str, Opened]) -> Iterator[Text]:
+    """What cannot be opened, one by one."""
     for split, one in opened.items():
         for error in one.bad[:LISTED]:
             yield Text(f"  {split}: {error}", style="red")
@@ -109,7 +117,8 @@ def _counts(one: Opened) -> str:
     return f"{total}, {len(one.bad)} that cannot be read"
 
 
-def _sizes(one: Opened) -> str:
+def sizes_of(one: Opened) -> str:
+    """How large the pictures are, in words."""
     if not one.sizes:
         return "no picture to measure"
     (width, height), most = one.sizes.most_common(1)[0]
@@ -161,3 +170,14 @@ def _in_the_way(
     for name, classes in plan:
         if not any(opened["test"].counts[each] for each in classes):
             yield f"stage {name} has no picture to test with"
+
+
+def _not_said(recipe, plan: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
+    """What the method needs to be told of classes and is not."""
+    from mllm_cl.recipe.descriptions import check_descriptions
+
+    try:
+        names = [name for _, classes in plan for name in classes]
+        check_descriptions(recipe.classes, names, recipe.method.describes)
+    except ValueError as error:
+        yield str(error)

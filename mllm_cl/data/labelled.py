@@ -31,8 +31,37 @@ class Pictures(Protocol):
     def sample(self, index: int) -> dict[str, object]: ...
 
 
+class Chosen(Sequence):
+    """Samples of `pictures`, those at `indices`; each is a `sample` with what is said of it."""
+
+    pictures: Pictures
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} samples, none at {index}")
+        return self.sample(index)
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place that there is."""
+        raise NotImplementedError
+
+    def id(self, index: int) -> str:
+        """The id of a sample, without its picture: unique in all splits of the data."""
+        return self.pictures.id(self.indices[index])
+
+    def place(self, index: int) -> tuple[str, int | None]:
+        """File and row of a sample; no row where the picture is a file of its own."""
+        return self.pictures.place(self.indices[index])
+
+
 @dataclass(frozen=True, eq=False)
-class Labelled(Sequence):
+class Labelled(Chosen):
     """Samples `{"id", "images", "label"}`, where "label" is the name of a class; some "caption".
 
     `names` are the classes in the data's own order, `targets` each sample's place among them. Of
@@ -45,24 +74,10 @@ class Labelled(Sequence):
     targets: tuple[int, ...]
     indices: Sequence[int]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"there are {len(self)} samples, none at {index}")
+    def sample(self, index: int) -> Sample:
+        """The sample at a place that there is."""
         sample = self.pictures.sample(self.indices[index])
         return sample | {"label": self.names[self.targets[index]]}
-
-    def id(self, index: int) -> str:
-        """The id of a sample, without its picture: unique in all splits of the data."""
-        return self.pictures.id(self.indices[index])
-
-    def place(self, index: int) -> tuple[str, int | None]:
-        """File and row of a sample; no row where the picture is a file of its own."""
-        return self.pictures.place(self.indices[index])
 
     def select(self, places: Iterable[int]) -> "Labelled":
         """Some of the samples, in the order of `places`; the names stay what they are."""

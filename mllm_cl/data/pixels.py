@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, TrainerCallback
 
+from mllm_cl.data.views import View
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 SIDE = 224  # where neither the caller nor the model says
@@ -142,7 +144,8 @@ def preset(name: str, model: str | Path | None = None, side: int | None = None) 
 @dataclass(frozen=True, eq=False)
 class PixelCollator:
     """Batches labelled samples: pixel_values (B, C, H, W), and labels (B,) that are places in
-    `order`, the classes from the first learnt to the last.
+    `order`, the classes from the first learnt to the last. Where training has a `view`, there are
+    `views` (B, C, H, W) of the same pictures, too.
 
     What a training picture draws depends on `seed`, the epoch and the sample's id alone: not on the
     batch, the process or the loader's worker. `Epochs` says which epoch it is.
@@ -152,6 +155,7 @@ class PixelCollator:
     order: Sequence[str]
     training: bool = False
     seed: int = 0
+    view: View | None = None
     epoch: Tensor = field(init=False)  # in memory that the loader's workers share
     places: Mapping[str, int] = field(init=False)
 
@@ -163,7 +167,16 @@ class PixelCollator:
     def __call__(self, samples: Sequence[Mapping]) -> dict[str, Tensor]:
         pixels = [self._pixels(sample) for sample in samples]
         labels = [self._label(sample) for sample in samples]
-        return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+        batch = {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+        if self.training and self.view is not None:
+            batch["views"] = torch.stack([self.viewed(sample) for sample in samples])
+        return batch
+
+    def viewed(self, sample: Mapping) -> Tensor:
+        """The other view (C, H, W) of a sample's picture in this epoch."""
+        (image,) = sample["images"]
+        rng = draws(self.seed, int(self.epoch), f"{sample['id']} view")
+        return self.view(image, self.preset.test, rng)
 
     def _pixels(self, sample: Mapping) -> Tensor:
         (image,) = sample["images"]

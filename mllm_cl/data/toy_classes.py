@@ -6,14 +6,16 @@ are never shown by `toy:compositions_base`, all of whose colours, textures and s
 """
 
 import zlib
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from itertools import permutations, product
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mllm_cl.data.errors import DataError
 from mllm_cl.data.toy import COLOURS, SHAPES, SIDE, digit_pool, draw_shape, grainy, handwriting
+from mllm_cl.model.descriptions import Descriptions
 
 TEXTURES = ("plain", "striped", "dotted", "checked")
 COUNTS = ("one", "two", "three")
@@ -29,6 +31,7 @@ HELD_OUT = 20  # kinds that the base never sees
 PLACED = 40  # classes of `toy:compositions_placed`
 SETS = ("compositions", "compositions_placed", "compositions_base", "digits")
 PER_CLASS = {"train": 40, "test": 20}
+PER_COMPOSITION = {"train": 4, "test": 1}  # of pictures with captions
 PALE = 0.75  # how far a texture's second colour is on the way to white
 
 
@@ -78,6 +81,28 @@ class Drawn:
         return {"id": self.id(index), "images": [_painted(shown, rng)], "caption": str(shown)}
 
 
+class Told:
+    """Pictures of compositions, each drawn when it is asked for, with two or three captions: in two
+    orders of words, and without the texture.
+    """
+
+    def __init__(self, shown: Sequence[Composition], split: str):
+        self.shown, self.split = shown, split
+        self.captions = tuple(map(_captions, shown))
+
+    def id(self, index: int) -> str:
+        name = str(self.shown[index]).replace(" ", "-")
+        return f"{name}-{self.split}-{index}"
+
+    def place(self, index: int) -> tuple[str, int]:
+        return f"compositions, {self.split}", index + 1
+
+    def sample(self, index: int) -> dict[str, object]:
+        origin = [zlib.crc32(str(self.shown[index]).encode()), int(self.split == "test"), index]
+        image = _painted(self.shown[index], np.random.default_rng(origin))
+        return {"id": self.id(index), "images": [image]}
+
+
 class Digits:
     """1797 real handwritten digits, each once; every fifth is for testing."""
 
@@ -117,6 +142,34 @@ def toy_classes(name: str, split: str, size: int | None, seed: int) -> Drawn | D
         raise DataError("toy:digits needs scikit-learn: pip install 'mllm_cl[toy]'") from None
 
 
+def toy_captions(name: str, split: str) -> Told:
+    """The compositions of the kinds that the base never sees, in every number and place, in an
+    order without order: `PER_COMPOSITION` pictures of each.
+    """
+    if name != "compositions":
+        problem = f"there is no toy:{name} of pictures with captions; there is toy:compositions"
+        raise DataError(problem)
+    if split not in PER_COMPOSITION:
+        raise DataError(f"toy:{name} has the splits 'train' and 'test', not {split!r}")
+    every = [
+        Composition(*kind, *rest) for kind, *rest in product(_held_out(), COUNTS, PLACES)
+    ] * PER_COMPOSITION[split]
+    order = np.random.default_rng(300).permutation(len(every)).tolist()
+    return Told([every[place] for place in order], split)
+
+
+def toy_descriptions(name: str) -> Descriptions:
+    """What each class of compositions has, by itself, and where it differs from another one."""
+    if name not in SETS[:-1]:
+        known = ", ".join(f"toy:{each}" for each in SETS[:-1])
+        raise DataError(f"there are no descriptions toy:{name}; choose one of {known}")
+    own = {str(one): [word for word in astuple(one) if word] for one in _classes(name)}
+    pairs: dict[str, dict[str, tuple[str, ...]]] = {one: {} for one in own}
+    for one, other in permutations(own, 2):
+        pairs[one][other] = tuple(word for word in own[one] if word not in own[other])
+    return Descriptions({one: tuple(found) for one, found in own.items()}, pairs)
+
+
 def words() -> tuple[str, ...]:
     """Every word of the names and captions of compositions, for a tokenizer of them alone."""
     shapes = [word for shape in SHAPES for word in (shape, _plural(shape))]
@@ -133,6 +186,11 @@ def _classes(name: str) -> tuple[Composition, ...]:
     every = [(*kind, *rest) for kind, *rest in product(stream, COUNTS, PLACES)]
     chosen = np.random.default_rng(40).permutation(len(every))[:PLACED]
     return tuple(Composition(*every[k]) for k in sorted(chosen.tolist()))
+
+
+def _captions(shown: Composition) -> tuple[str, ...]:
+    things, plain = replace(shown, place=""), replace(shown, texture="plain")
+    return tuple(dict.fromkeys((str(shown), f"{shown.place} {things}", str(plain))))
 
 
 def _held_out() -> list[tuple[str, str, str]]:

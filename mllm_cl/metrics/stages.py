@@ -11,7 +11,9 @@ from typing import Any
 from mllm_cl.metrics.scores import ZERO_SHOT, Matrix, matrix
 
 COUNTS = "counts"  # of a row: how many images each score is of
-ZERO_SHOT_SCORES = "zero_shot"  # of a row: seen, unseen, harmonic_mean of answers by name
+ZERO_SHOT_SCORES = (
+    "zero_shot"  # of a row: seen, unseen, harmonic_mean of answers by name; alignment
+)
 
 
 def stage_accuracies(scores: Matrix, counts: Sequence[int]) -> list[float]:
@@ -56,7 +58,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     last A_B, the drop, and the last stage's old, new and harmonic mean. None where undefined.
 
     Of answers by name, as far as rows have them, the means over the stages after which there are
-    classes to come.
+    classes to come; of captions the last `alignment`.
     """
     learnt = [row for row in rows if row["after"] != ZERO_SHOT]
     if not learnt:
@@ -79,7 +81,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def _by_name(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     whole = [row for row in rows if row["unseen"] is not None]
     keys = ("seen", "unseen", "harmonic_mean") if whole else ()
-    return {f"zero_shot_{key}": sum(row[key] for row in whole) / len(whole) for key in keys}
+    found = {f"zero_shot_{key}": sum(row[key] for row in whole) / len(whole) for key in keys}
+    aligned = [row["alignment"] for row in rows if "alignment" in row]
+    return found | ({"alignment": aligned[-1]} if aligned else {})
 
 
 def _weighted(values: Sequence[float], counts: Sequence[int]) -> float:

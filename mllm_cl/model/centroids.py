@@ -133,3 +133,8 @@ class Centroids(Head):
         lowest_BC = nearest_BK.new_full((len(nearest_BK), self.number), -torch.inf)
         class_BK = self.class_K.to(nearest_BK.device).expand_as(nearest_BK)
         return lowest_BC.scatter_reduce(1, class_BK, nearest_BK, "amax")
+
+    def by_name(self, features_BD: Tensor, prompts_CPD: Tensor) -> Tensor:
+        """The largest cosine between any candidate's feature and the text of the class."""
+        candidates_BRD = features_BD.unflatten(-1, (-1, self.width))
+        return super().by_name(candidates_BRD, prompts_CPD).amax(1)

@@ -5,20 +5,20 @@ B batch, C classes, D feature width, H height, L text length, P prompts of a cla
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import ModelOutput
 
 from mllm_cl import engine
+from mllm_cl.model.descriptions import Descriptions
 from mllm_cl.model.encoder import Encoder
+from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.heads import Head, ensemble
 from mllm_cl.model.penalty import due
 from mllm_cl.model.teacher import teacher_of
-from mllm_cl.model.texts import Reader
+from mllm_cl.model.texts import Reader, called_by
 from mllm_cl.model.watch import evaluating
 
 TEXTS = 256  # that are read at once
@@ -37,18 +37,14 @@ class ClassifierOutput(ModelOutput):
     owed: Tensor | None = None
 
 
-class Classifier(nn.Module):
+class Classifier(Encoding):
     """logits = head(encoder(pixel_values)); with labels, the cross entropy over all seen classes.
 
     `local` leaves the old classes out of the softmax: every label is then one of the newest, that
     is `head.old` or above. `criterion` may be `binary_cross_entropy` instead. With `features` the
-    encoder is not asked. `reader` makes tokens of class names, where the model has a text tower.
-    `picture_bytes` is what a picture takes that it is shown, one byte for each number.
+    encoder is not asked. `reader` makes tokens of class names, where the model has a text tower,
+    and `descriptions` are what somebody says of the classes.
     """
-
-    # The Trainer then says how many samples the whole step has, over processes and micro-batches,
-    # and the loss is their mean however they are cut up.
-    accepts_loss_kwargs = True
 
     def __init__(
         self,
@@ -58,24 +54,15 @@ class Classifier(nn.Module):
         local: bool = False,
         reader: Reader | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder)
         if head.width != encoder.width:
             raise ValueError(
                 f"the head takes features of width {head.width}, but the encoder gives "
                 f"{encoder.width}"
             )
-        self.encoder, self.head, self.local, self.reader = encoder, head, local, reader
-        self.criterion, self.picture_bytes = cross_entropy, 0
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """The mode of training, but for batch norms of the encoder: their running statistics are
-        part of its weights, which move by what a method trains alone.
-        """
-        super().train(mode)
-        for module in self.encoder.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        return self
+        self.head, self.local, self.reader = head, local, reader
+        self.criterion = cross_entropy
+        self.descriptions = Descriptions()
 
     def forward(
         self,
@@ -87,12 +74,14 @@ class Classifier(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompts: Tensor | None = None,
+        views: Tensor | None = None,
     ) -> ClassifierOutput:
         """What it answers to pictures (B, 3, H, W), or to features (B, D).
 
         With `only_features` the head, which may know no class yet, is not asked; nor is it for
         texts (N, L), which have features alone. With the features of `prompts` (C, P, D) the
-        answer is one of their classes, known or not, by its name.
+        answer is one of their classes, known or not, by its name. `views` (B, 3, H, W) are the same
+        pictures in another way, which a head may learn from beside them.
         """
         if input_ids is not None:
             # Through this door, since only here an engine gathers what it has sharded.
@@ -107,7 +96,8 @@ class Classifier(nn.Module):
             return ClassifierOutput(logits=logits_BC, features=features_BD)
         own_B = None
         if labels is not None:
-            own_B = self.head.precisely(self.head.losses, features_BD, labels)
+            seen = () if views is None else (self.encoder(views),)
+            own_B = self.head.precisely(self.head.losses, features_BD, labels, *seen)
         if own_B is not None:
             total = len(labels) if num_items_in_batch is None else num_items_in_batch
             return ClassifierOutput(loss=own_B.sum() / total, features=features_BD)
@@ -141,58 +131,26 @@ class Classifier(nn.Module):
                 f"{type(self.encoder.backbone).__name__} reads no class names: choose a CLIP or "
                 "SigLIP model, with its tokenizer"
             )
-        texts, device = self.reader.prompts(names), next(self.parameters()).device
+        return self.read(self.reader.prompts(names)).unflatten(0, (len(names), -1))
+
+    def called(self, name: str) -> str:
+        """What prompts call a class."""
+        return called_by([name], self.reader.texts)[name]
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """The features (N, D) of texts, as they come, in fp32 on the CPU. Collective."""
+        device, parts = next(self.parameters()).device, []
         with evaluating(self):
-            parts = []
             for start in range(0, len(texts), TEXTS):
                 tokens = self.reader.tokens(texts[start : start + TEXTS])
                 given = {key: value.to(device) for key, value in tokens.items()}
                 parts.append(self(**given).features.float().cpu())
         engine.shard_again(self)
-        return torch.cat(parts).unflatten(0, (len(names), -1))
+        return torch.cat(parts)
 
     def texts(self, names: Sequence[str]) -> Tensor:
         """One unit feature (C, D) for each class name, of all its prompts together. Collective."""
         return ensemble(self.prompts(names))
-
-    @property
-    def config(self):
-        """The backbone's, for whoever asks a model of transformers."""
-        return self.encoder.backbone.config
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        # What accelerate's FSDP policy asks: the classes that become units of their own. A CLIP
-        # vision tower alone names the text tower's, too, and accelerate fails where one is missing.
-        backbone = self.encoder.backbone
-        there = {type(module).__name__ for module in backbone.modules()}
-        return sorted(there & set(backbone._no_split_modules or ()))
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """What newer Trainers call."""
-        self.encoder.backbone.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=activation_checkpointing_kwargs,
-            every_n_layers=every_n_layers,
-            offload=offload,
-        )
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """What older Trainers call."""
-        self.encoder.backbone.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs,
-            every_n_layers=every_n_layers,
-            offload=offload,
-        )
 
 
 def cross_entropy(

@@ -33,15 +33,36 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.family = family(backbone.config.model_type)
         _give_dimensions(backbone)
-        self.width = self.family.width(backbone)
+        self.width = self.joint_width = self.family.width(backbone)
+        self.projected = True
         # The features that stand side by side in an answer, with the names of what was put in for
         # each of them alone; and which of them are given.
         self.parts: dict[str, tuple[str, ...]] = {"": ()}
         self.shown: tuple[str, ...] = ("",)
+        self.batchwise = False  # whether what a picture is given depends on others of its batch
 
     def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
         """The features (B, D)."""
-        return self.family.features(self.backbone, pixel_values_BCHW)
+        answer = self.family.features if self.projected else self.family.tower
+        return answer(self.backbone, pixel_values_BCHW)
+
+    def unproject(self) -> Tensor:
+        """Answer from here on with what the vision tower makes of a picture, (B, V), and return the
+        projection (D, V) from there to where texts are, in fp32; for SigLIP, which has none, I.
+
+        ValueError where there is no such place.
+        """
+        if not self.family.reads:
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no text tower, so nothing is projected to "
+                "where texts are: choose a CLIP or SigLIP model"
+            )
+        if not self.family.projection:
+            return torch.eye(self.width)
+        weight_DV = self.backbone.get_submodule(self.family.projection).weight
+        self.projected, self.width = False, weight_DV.shape[1]
+        self.joint_width = self.width
+        return weight_DV.detach().float().clone()
 
     def text(self, input_ids_CL: Tensor, attention_mask_CL: Tensor | None = None) -> Tensor:
         """The features (C, D) of texts, where the model reads them. ValueError where it does not.
@@ -71,6 +92,11 @@ class Encoder(nn.Module):
         }
 
     @property
+    def towers(self) -> list[nn.Parameter]:
+        """The parameters of both towers and their projections, where there are two."""
+        return [one for part in self.backbone.children() for one in part.parameters()]
+
+    @property
     def seeing(self) -> list[nn.Module]:
         """What pictures pass through: the backbone, or its tower and projection beside those of
         texts.
@@ -92,8 +118,10 @@ class Encoder(nn.Module):
 
     @property
     def joint(self) -> bool:
-        """Whether features of pictures lie where those of texts do: CLIP's and SigLIP's own do."""
-        return self.family.reads and self.width == self.family.width(self.backbone)
+        """Whether features of pictures can be compared with those of texts: CLIP's and SigLIP's
+        own, also before the projection, can.
+        """
+        return self.family.reads and self.width == self.joint_width
 
     @contextmanager
     def showing(self, parts: Iterable[str]) -> Iterator[None]:
@@ -104,16 +132,18 @@ class Encoder(nn.Module):
         finally:
             self.shown = before
 
-    def weights_of(self, part: str | None) -> dict[str, Tensor]:
+    def weights_of(self, part: str | None, *, reading: bool = False) -> dict[str, Tensor]:
         """The parameters and buffers that are a part's own, None: those that all parts share;
-        without those of a text tower, which pictures do not pass through.
+        without those of a text tower, which pictures do not pass through. `reading`: of texts.
         """
         owners = {name: owner for owner, names in self.parts.items() for name in names}
         blind = ("backbone.text_", "backbone.logit_") if self.family.reads else ()
+        if not self.projected:
+            blind += (f"backbone.{self.family.projection}.",)
         return {
             name: value
             for name, value in chain(self.named_parameters(), self.named_buffers())
-            if not name.startswith(blind)
+            if (name.startswith("backbone.text_") if reading else not name.startswith(blind))
             and next((owners[one] for one in name.split(".") if one in owners), None) == part
         }
 
@@ -159,6 +189,7 @@ class Family:
     """How the models of one `model_type` see: their class, and which of their outputs is meant.
 
     `reads`: they have a text tower, too, whose texts are `padded` to their full length or not.
+    `projection`: the linear after the `tower`, from which features come.
     """
 
     backbone: type[PreTrainedModel]
@@ -167,6 +198,8 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     reads: bool = False
     padded: bool = False
+    projection: str = ""
+    tower: Callable[[PreTrainedModel, Tensor], Tensor] | None = None
 
 
 def family(model_type: str) -> Family:
@@ -200,7 +233,14 @@ def _families() -> dict[str, Family]:
     return {
         "vit": Family(ViTModel, _class_token, _hidden, plain),
         "dinov2": Family(Dinov2Model, _class_token, _hidden),
-        "clip": Family(CLIPModel, _joint, lambda model: model.config.projection_dim, reads=True),
+        "clip": Family(
+            CLIPModel,
+            _joint,
+            lambda model: model.config.projection_dim,
+            reads=True,
+            projection="visual_projection",
+            tower=lambda model, pixels: _pooled(model.vision_model, pixels),
+        ),
         "clip_vision_model": Family(CLIPVisionModel, _pooled, _hidden),
         "siglip": Family(
             SiglipModel,
@@ -210,7 +250,7 @@ def _families() -> dict[str, Family]:
             padded=True,
         ),
         "siglip_vision_model": Family(SiglipVisionModel, _pooled, _hidden),
-        "resnet": Family(ResNetModel, _pooled, lambda model: model.config.hidden_sizes[-1]),
+        "resnet": Family(ResNetModel, _convolved, lambda model: model.config.hidden_sizes[-1]),
         "timm_wrapper": Family(
             TimmWrapperModel, _pooled, lambda model: model.timm_model.head_hidden_size
         ),
@@ -227,6 +267,13 @@ def _class_token(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor
 
 def _pooled(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:
     return backbone(pixel_values=pixel_values_BCHW).pooler_output.flatten(1)
+
+
+def _convolved(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:
+    """Of a ResNet, which alone takes pictures as they come; what trains may be kept in fp32."""
+    dtype = backbone.embedder.embedder.normalization.running_mean.dtype
+    narrow = dtype.itemsize < 4  # else FSDP2 may have made them so on purpose
+    return _pooled(backbone, pixel_values_BCHW.to(dtype) if narrow else pixel_values_BCHW)
 
 
 def _joint(backbone: PreTrainedModel, pixel_values_BCHW: Tensor) -> Tensor:

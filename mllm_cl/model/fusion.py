@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
+from mllm_cl.model.units import merged, still, unit
 
 CHUNK = 64  # images that are answered at once: the batch of the released code
 
@@ -71,70 +72,40 @@ def _beside(image_BD: Tensor, context_LD: Tensor) -> Tensor:
     return torch.cat([image_BD[:, None], context_LD.expand(len(image_BD), -1, -1)], dim=1)
 
 
-class Fusion(Head):
-    """Three answers to one image: by its projection and that of the class names, and by what fusing
-    makes of the image beside the names and beside the class means.
+class Projecting(nn.Module):
+    """The weights of PROOF, in a head that has a `width`: a projection of images and one of texts
+    for every task, K context prompts of each, and one attention for all.
 
-        P(z) = Σ_m P_m(z)  for images and for texts alike,  z̃, W̃, P̃ = Attention([z, W, P, C])
-
-    mode paper: s cos of each pair; the loss is the sum of three cross entropies, the answer the
-    mean of three softmaxes (given as its logarithm). mode released: z̃ W̃ᵀ and z̃ P̃ᵀ without cosine
-    or temperature, W̃ and P̃ being means over the images that are asked together; the loss has a
-    contrast of images with their names in a batch in the place of the first cross entropy, and the
-    answer is the sum of the logits, of an image whose projection is not normalised.
-    `residual`: P(z) = Σ_m (P_m(z) + z), with P_m starting at zero: at first the model itself.
+        P(z) = Σ_m P_m(z),  with `residual` Σ_m (P_m(z) + z)  and P_m starting at zero
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        log_scale: Tensor,
-        context: int = 3,
-        dropout: float = 0.1,
-        paper: bool = True,
-        residual: bool = False,
-        seed: int = 0,
+    fades = False  # old projections of images, and old context, by weight decay
+
+    def begin(
+        self, log_scale: Tensor, *, context: int, dropout: float, residual: bool, seed: int
     ) -> None:
-        super().__init__(width)
-        self.num_context, self.paper, self.residual, self.seed = context, paper, residual, seed
+        """Put in what all tasks share: `expand` adds what each has of its own."""
+        self.num_context, self.residual, self.seed = context, residual, seed
         self.images, self.texts = nn.ModuleList(), nn.ModuleList()
         self.context = nn.ParameterList()
-        self.attention = Attention(width, dropout=dropout, seed=seed)
+        self.attention = Attention(self.width, dropout=dropout, seed=seed)
         self.log_scale = nn.Parameter(log_scale.detach().float().reshape(1).clone())
-        # Neither parameters nor buffers: no engine casts or shards them.
-        self.mean_CD, self.prompts_CPD = torch.zeros(0, width), torch.zeros(0, 1, width)
-        self.names: tuple[str, ...] = ()
 
     def expand(self) -> None:
         """One more projection of each side and one more context, drawn from the seed."""
         task = len(self.images)
+        bound = 0.0 if self.residual else self.width**-0.5
         for layers, side in ((self.images, "images"), (self.texts, "texts")):
-            layer = nn.Linear(self.width, self.width)
-            bound = 0.0 if self.residual else self.width**-0.5
-            for name, one in layer.named_parameters():
-                draws = seeded(self.seed, f"{side}.{task}.{name}")
-                nn.init.uniform_(one, -bound, bound, generator=draws)
-            layers.append(layer)
+            layers.append(unit(self.width, bound=bound, seed=self.seed, name=f"{side}.{task}"))
         draws = seeded(self.seed, f"context.{task}")
         self.context.append(
             nn.Parameter(torch.randn(self.num_context, self.width, generator=draws))
         )
 
     def newest(self) -> list[nn.Parameter]:
-        """What trains: the last projections and context, attention and scale.
-
-        In mode released old projections of texts go on training, as nothing freezes them there.
-        """
-        texts = self.texts[-1:] if self.paper else self.texts
-        own = [self.images[-1], *texts, self.attention]
+        """What trains: the last projections and context, attention and scale."""
+        own = [self.images[-1], self.texts[-1], self.attention]
         return [*(p for one in own for p in one.parameters()), self.context[-1], self.log_scale]
-
-    def inform(self, mean_CD: Tensor, prompts_CPD: Tensor) -> None:
-        """The raw class means of images and the raw features of the prompts of all classes."""
-        assert len(mean_CD) == len(prompts_CPD) == self.number
-        device = self.log_scale.device
-        self.mean_CD, self.prompts_CPD = mean_CD.to(device), prompts_CPD.to(device)
 
     def image(self, features_BD: Tensor) -> Tensor:
         """P(z), not normalised."""
@@ -146,13 +117,70 @@ class Fusion(Head):
 
     def merged(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
         """The one weight (D, D) and bias (D,) that do what all the projections of a side do."""
-        weight_DD = torch.stack([layer.weight for layer in layers]).sum(0)
+        weight_DD, bias_D = merged(layers, fading=self.fades and layers is self.images)
         if self.residual:
             weight_DD = weight_DD + len(layers) * torch.eye(self.width).to(weight_DD)
-        return weight_DD, torch.stack([layer.bias for layer in layers]).sum(0)
+        return weight_DD, bias_D
 
     def _projected(self, layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
         return functional.linear(x, *(one.to(x.dtype) for one in self.merged(layers)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / τ."""
+        return self.log_scale.float().exp()
+
+
+class Fusion(Projecting, Head):
+    """Three answers to one image: by its projection and that of the class names, and by what fusing
+    makes of the image beside the names and beside the class means.
+
+        P(z) = Σ_m P_m(z)  for images and for texts alike,  z̃, W̃, P̃ = Attention([z, W, P, C])
+
+    mode paper: s cos of each pair; the loss is the sum of three cross entropies, the answer the
+    mean of three softmaxes (given as its logarithm). mode released: z̃ W̃ᵀ and z̃ P̃ᵀ without cosine
+    or temperature, W̃ and P̃ being means over the images that are asked together; the loss has a
+    contrast of images with their names in a batch in the place of the first cross entropy, and the
+    answer is the sum of the logits, of an image whose projection is not normalised.
+    `residual`: P(z) = Σ_m (P_m(z) + z), with P_m starting at zero: at first the model itself.
+    `fades`: what is frozen of earlier tasks is left to weight decay.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        log_scale: Tensor,
+        context: int = 3,
+        dropout: float = 0.1,
+        paper: bool = True,
+        residual: bool = False,
+        fades: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(width)
+        self.paper, self.fades = paper, fades
+        self.begin(log_scale, context=context, dropout=dropout, residual=residual, seed=seed)
+        # Neither parameters nor buffers: no engine casts or shards them.
+        self.mean_CD, self.prompts_CPD = torch.zeros(0, width), torch.zeros(0, 1, width)
+        self.names: tuple[str, ...] = ()
+
+    def newest(self) -> list[nn.Parameter]:
+        """What trains: in mode released old projections of texts, too, as nothing freezes them."""
+        old = () if self.paper else self.texts[:-1]
+        return [*(p for one in old for p in one.parameters()), *super().newest()]
+
+    def fading(self) -> list[nn.Parameter]:
+        """Old projections of images and old context, where they fade."""
+        if not self.fades:
+            return []
+        return [*(p for one in self.images[:-1] for p in one.parameters()), *self.context[:-1]]
+
+    def inform(self, mean_CD: Tensor, prompts_CPD: Tensor) -> None:
+        """The raw class means of images and the raw features of the prompts of all classes."""
+        assert len(mean_CD) == len(prompts_CPD) == self.number
+        device = self.log_scale.device
+        self.mean_CD, self.prompts_CPD = mean_CD.to(device), prompts_CPD.to(device)
 
     def losses(self, features_BD: Tensor, labels_B: Tensor) -> Tensor:
         """The sum of three cross entropies for every image, by the first prompt of each class."""
@@ -185,17 +213,13 @@ class Fusion(Head):
             return super().by_name(features_BD, prompts_CPD)
         return cosines(self.image(features_BD), ensemble(self.text(prompts_CPD)))
 
-    @property
-    def scale(self) -> Tensor:
-        """1 / τ."""
-        return self.log_scale.float().exp()
-
     def _fused(self, image_BD: Tensor, name_CD: Tensor) -> list[Tensor]:
         """The logits (B, C) of the fused image against fused names and fused class means."""
         mean_CD = functional.normalize(self.image(self.mean_CD), dim=-1)
-        context_LD = torch.cat(
-            [name_CD, mean_CD, *(one.to(image_BD.dtype) for one in self.context)]
-        )
+        context = list(self.context)
+        if self.fades:
+            context[:-1] = map(still, context[:-1])
+        context_LD = torch.cat([name_CD, mean_CD, *(one.to(image_BD.dtype) for one in context)])
         own_BD, rest_BQD = self.attention(image_BD, context_LD, len(name_CD) + len(mean_CD))
         parts = rest_BQD.split([len(name_CD), len(mean_CD)], dim=1)
         if not self.paper:
@@ -207,10 +231,13 @@ class Fusion(Head):
         ]
 
 
-def contrast(logits_BB: Tensor) -> Tensor:
+def contrast(logits_BB: Tensor, labels_B: Tensor | None = None) -> Tensor:
     """CLIP's loss of each image (B,): the mean of both ways from it to its text, with all others of
-    the batch as negatives, also those of its own class.
+    the batch as negatives; with labels not those of its own class.
     """
     own_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    if labels_B is not None:
+        same_BB = (labels_B[:, None] == labels_B) & (own_B[:, None] != own_B)
+        logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
     ways = logits_BB, logits_BB.T
     return sum(functional.cross_entropy(one, own_B, reduction="none") for one in ways) / 2

@@ -34,6 +34,10 @@ class Head(nn.Module):
         for number in filter(None, (earlier, newest)):
             self.grow(number)
 
+    def fading(self) -> list[nn.Parameter]:
+        """What an optimizer is given though its gradient is zero, so that weight decay moves it."""
+        return []
+
     def forward(self, features_BD: Tensor) -> Tensor:
         """The logits (B, C)."""
         return self.precisely(self.logits, features_BD)
@@ -50,9 +54,11 @@ class Head(nn.Module):
         """The head's own rule, in the dtype of the features."""
         raise NotImplementedError
 
-    def losses(self, features_BD: Tensor, labels_B: Tensor) -> Tensor | None:
+    def losses(
+        self, features_BD: Tensor, labels_B: Tensor, views_BD: Tensor | None = None
+    ) -> Tensor | None:
         """What each sample (B,) adds to the loss, where that is not the cross entropy of its
-        logits.
+        logits; `views_BD` are other views of the same pictures, where a method asks for any.
         """
         return None
 

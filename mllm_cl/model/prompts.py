@@ -37,7 +37,7 @@ class Query(Adaptation):
 
     def __init__(self) -> None:
         super().__init__()
-        self.choice = Choice()
+        self.choice, self.batchwise = Choice(), False
 
     def forward(self, query_BQ: Tensor) -> None:
         """Note the queries of this pass."""
@@ -154,6 +154,7 @@ def attach_keys(encoder: Encoder, keys: Query) -> None:
     The query is the encoder's own feature, without anything that was put in and without gradients.
     """
     put(encoder, "keys", keys, _forward_asking)
+    encoder.batchwise = keys.batchwise
 
 
 def attach_pool(encoder: Encoder, pool: Pool) -> None:

@@ -119,6 +119,10 @@ class Either(Linear):
         online_BC, offline_BC = (logits_BC.log_softmax(-1) for logits_BC in halves)
         return torch.maximum(online_BC, offline_BC)
 
+    def by_name(self, features_BD: Tensor, prompts_CPD: Tensor) -> Tensor:
+        """cos(φ_online, t_c)."""
+        return super().by_name(features_BD[:, : self.width], prompts_CPD)
+
 
 def attach_sided_prefixes(
     encoder: Encoder, places: tuple[int, ...], *, length: int, seed: int

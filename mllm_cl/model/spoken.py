@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mllm_cl.model.encoder import Encoder
+from mllm_cl.model.fusion import contrast
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.texts import Reader
 from mllm_cl.model.vision import Adaptation, put
 
 Tokens = Mapping[str, Tensor]
-PLACE = "X"  # the word that a learnt prompt takes the place of
+PLACES = "X", "a"  # words that a learnt prompt may take the place of: the first that is one token
 
 
 class Spoken(Head):
@@ -53,11 +53,7 @@ class Spoken(Head):
         if not self.pairs:
             return None
         logits_BB = self.scale * cosines(features_BD, self._texts(features_BD)[labels_B])
-        own_B = torch.arange(len(labels_B), device=labels_B.device)
-        same_BB = (labels_B[:, None] == labels_B) & (own_B[:, None] != own_B)
-        logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
-        ways = logits_BB, logits_BB.T
-        return sum(functional.cross_entropy(one, own_B, reduction="none") for one in ways) / 2
+        return contrast(logits_BB, labels_B)
 
     def _texts(self, features_BD: Tensor) -> Tensor:
         tokens = self.first if self.training else self.every
@@ -89,11 +85,11 @@ def attach_words(
 
     ValueError where they leave no room in a text, or their place is no word of the tokenizer.
     """
-    own = reader.tokenizer(PLACE, add_special_tokens=False)["input_ids"]
-    places = " ".join([PLACE] * number)
+    place, token = _place(reader)
+    places = " ".join([place] * number)
     text = reader.tokens([f"{places} a"])["input_ids"][0].tolist()
-    first = text.index(own[0]) if len(own) == 1 and own[0] in text else len(text)
-    if text[first : first + number] != own * number:
+    first = text.index(token)
+    if text[first : first + number] != [token] * number:
         raise ValueError(
             f"{number} learnt words do not fit into the texts of this model, which have "
             f"{reader.length} tokens: lower 'words'"
@@ -103,6 +99,18 @@ def attach_words(
     words = Words(first, (0.02 * draws).to(embedding.weight.device))
     put(embedding, "words", words, _forward_with_words)
     return replace(reader, templates=(f"{places} {{}}.",)), words.words_KW
+
+
+def _place(reader: Reader) -> tuple[str, int]:
+    """A word that is one token, and the token."""
+    for word in PLACES:
+        token, *rest = reader.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not rest:
+            return word, token
+    raise ValueError(
+        f"the tokenizer of this model spells {' and '.join(PLACES)}: learnt words can take the "
+        "place of no word of it"
+    )
 
 
 def _forward_with_words(self: nn.Embedding, input_ids_NL: Tensor) -> Tensor:

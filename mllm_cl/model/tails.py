@@ -5,6 +5,7 @@ B batch, C classes, D width of one tail's feature, N tokens, T tails.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 
 import torch
@@ -25,19 +26,64 @@ def attach_tails(encoder: Encoder, number: int, *, blocks: int = 1) -> list[nn.M
     Raises ValueError where no block is left to share.
     """
     ends = _ends(encoder, blocks)
+    _put_copies(encoder, ends, number, first=ends[0])
+    encoder.forward = MethodType(_forward_side_by_side, encoder)
+    return ends
+
+
+def _put_copies(
+    encoder: Encoder, ends: list[nn.Module], number: int, first: nn.Module | None = None
+) -> None:
     names = [f"tail_{tail}" for tail in range(1, number + 1)]
     copies = [[Tuned(module) for _ in names[1:]] for module in ends]  # before any is put in
     for module, own in zip(ends, copies, strict=True):
         for name, copy in zip(names[1:], own, strict=True):
             module.add_module(name, copy)
         # In a tuple, so that the encoder does not become its own child.
-        module._tails, module._forward_before_tails = (encoder, module is ends[0]), module.forward
+        module._tails, module._forward_before_tails = (encoder, module is first), module.forward
         module.forward = MethodType(_forward_tails, module)
     encoder.width *= number
     encoder.parts = {names[0]: ()} | {name: (name,) for name in names[1:]}
     encoder.shown = tuple(names)
-    encoder.forward = MethodType(_forward_side_by_side, encoder)
+
+
+def attach_towers(encoder: Encoder, number: int, *, blocks: int = 0) -> list[nn.Module]:
+    """Let the encoder answer pictures and texts alike with `number` features side by side (B, T D):
+    that of its own last `blocks` blocks of each tower and of all behind them, and those of copies;
+    0: of whole towers. What is shared runs once for each of them. Returns the modules that the
+    copies are children of.
+
+    Raises ValueError where there are no two towers, or no block is left to share.
+    """
+    ends = _ends_of_towers(encoder, blocks)
+    _put_copies(encoder, ends, number)
+    encoder.forward = MethodType(_forward_repeated, encoder)
+    encoder.text = MethodType(_text_repeated, encoder)
     return ends
+
+
+def _ends_of_towers(encoder: Encoder, blocks: int) -> list[nn.Module]:
+    if not encoder.family.reads:
+        problem = f"{type(encoder.backbone).__name__} has no text tower"
+        raise ValueError(f"{problem}: choose a CLIP or SigLIP model")
+    found: list[nn.Module] = []
+    for name, tower in encoder.backbone.named_children():
+        parts = dict(tower.named_children())
+        if "encoder" not in parts:  # a projection
+            found.append(tower)
+            continue
+        every = list(parts["encoder"].layers)
+        if not 0 <= blocks < len(every):
+            raise ValueError(
+                f"found {blocks} blocks that every task has a copy of, expected less than the "
+                f"{len(every)} that {name} has"
+            )
+        place = list(parts).index("encoder")
+        before, behind = (
+            list(parts.values())[part] for part in (slice(place), slice(place + 1, None))
+        )
+        found += [*(every[-blocks:] if blocks else [*before, *every]), *behind]
+    return found
 
 
 def _ends(encoder: Encoder, blocks: int) -> list[nn.Module]:
@@ -74,18 +120,40 @@ def _answers(module: nn.Module, encoder: Encoder) -> Iterator:
         yield module._modules.get(name, module._forward_before_tails)
 
 
-def _forward_tails(self: nn.Module, hidden: Tensor, *args, **kwargs) -> Tensor:
+def _forward_tails(self: nn.Module, *args, **kwargs) -> Tensor:
     """Each tail answers its own part of the batch, which the first module makes of the pictures."""
     encoder, first = self._tails
+    number = len(encoder.shown)
     if first:
-        hidden = hidden.repeat(len(encoder.shown), *[1] * (hidden.dim() - 1))
-    parts = zip(_answers(self, encoder), hidden.chunk(len(encoder.shown)), strict=True)
-    return torch.cat([answer(part, *args, **kwargs) for answer, part in parts])
+        args = (args[0].repeat(number, *[1] * (args[0].dim() - 1)), *args[1:])
+    rows = next(len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+    found = []
+    for place, answer in enumerate(_answers(self, encoder)):
+        part = partial(_part, rows=rows, number=number, place=place)
+        own = {key: part(one) for key, one in kwargs.items()}
+        found.append(answer(*map(part, args), **own))
+    return torch.cat(found)
+
+
+def _part(one: object, *, rows: int, number: int, place: int) -> object:
+    """What of an argument goes with one part of a batch: a mask may be as long as all parts."""
+    if not isinstance(one, Tensor) or len(one) != rows:
+        return one
+    return one.chunk(number)[place]
 
 
 def _forward_side_by_side(self: Encoder, pixel_values_BCHW: Tensor) -> Tensor:
     features_BD = type(self).forward(self, pixel_values_BCHW)
     return torch.cat(features_BD.chunk(len(self.shown)), dim=1)
+
+
+def _forward_repeated(self: Encoder, pixel_values_BCHW: Tensor) -> Tensor:
+    return _forward_side_by_side(self, pixel_values_BCHW.repeat(len(self.shown), 1, 1, 1))
+
+
+def _text_repeated(self: Encoder, input_ids_CL: Tensor) -> Tensor:
+    number = len(self.shown)
+    return torch.cat(type(self).text(self, input_ids_CL.repeat(number, 1)).chunk(number), dim=1)
 
 
 class Expanding(Linear):

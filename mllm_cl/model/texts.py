@@ -3,8 +3,9 @@
 L text length, N texts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from mllm_cl.model.load import ModelSettings, found_at, hub_options, location
 @dataclass(frozen=True)
 class Reader:
     """What makes tokens of class names: the model's own tokenizer and the prompts that they are put
-    into, {} in each being the name.
+    into, {} in each being what `texts` call the class, or without them its name in words.
 
     Texts are cut to `length` tokens. Where they are `padded`, all have that many and there is no
     mask: so SigLIP learnt to read.
@@ -26,10 +27,12 @@ class Reader:
     templates: tuple[str, ...]
     length: int
     padded: bool = False
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def prompts(self, names: Sequence[str]) -> list[str]:
         """Every prompt of the first name, then of the next."""
-        return [template.format(name) for name in names for template in self.templates]
+        called = called_by(names, self.texts).values()
+        return [template.format(text) for text in called for template in self.templates]
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` (N, L) and, but for padded texts, `attention_mask`."""
@@ -45,12 +48,28 @@ class Reader:
         return {key: found[key] for key in ("input_ids", "attention_mask") if key in found}
 
 
+def in_words(name: str) -> str:
+    """A class name as one would say it: `001.Black_footed_Albatross` is "Black footed Albatross".
+
+    The label lists of PROOF's and C3Box' released code say so of CUB, SUN397 and ObjectNet; for
+    ImageNet-R they keep underscores.
+    """
+    return re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ").strip() or name
+
+
+def called_by(names: Sequence[str], texts: Mapping[str, str]) -> dict[str, str]:
+    """What prompts call each class: its text, or without one its name in words."""
+    return {name: texts.get(name) or in_words(name) for name in names}
+
+
 def reads(settings: ModelSettings) -> bool:
     """Whether the model has a text tower, from its config alone."""
     return family(described(settings)["model_type"]).reads
 
 
-def load_reader(settings: ModelSettings, templates: Sequence[str]) -> Reader:
+def load_reader(
+    settings: ModelSettings, templates: Sequence[str], texts: Mapping[str, str]
+) -> Reader:
     """The reader of a model that has a text tower. ValueError where its tokenizer is not there."""
     where, config = location(settings.model_name_or_path), described(settings)
     try:
@@ -67,4 +86,5 @@ def load_reader(settings: ModelSettings, templates: Sequence[str]) -> Reader:
         tuple(templates),
         text.max_position_embeddings,
         padded=family(config["model_type"]).padded,
+        texts=texts,
     )

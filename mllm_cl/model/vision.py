@@ -110,16 +110,19 @@ class Scaling(Adaptation):
 
 
 class Prompts(Adaptation):
-    """Learnt tokens that join a sequence at its end (VPT, arXiv:2203.12119), zero at first.
+    """Learnt tokens that join a sequence at its end (VPT, arXiv:2203.12119).
 
     At the end the class token keeps its place; to attention the place makes no difference. The
-    paper draws them and puts them after the class token; zeros at the end are the released code's.
+    paper draws them, too, and puts them after the class token; APER's released code has zeros at
+    the end, where a LayerNorm has a gradient of 1 / √ε: 1e6 in a ViT of transformers.
     """
 
-    def __init__(self, number: int, width: int, *, device: torch.device) -> None:
+    def __init__(
+        self, number: int, width: int, *, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.number = number
-        self.prompts_PD = nn.Parameter(torch.zeros(number, width, device=device))
+        self.prompts_PD = nn.Parameter(drawn_prompts(number, width, generator=generator).to(device))
 
     def forward(self, hidden_BND: Tensor) -> Tensor:
         """The sequence, longer by the prompts."""
@@ -131,6 +134,11 @@ class Prompts(Adaptation):
     def leave(self, hidden_BND: Tensor) -> Tensor:
         """The sequence without them."""
         return hidden_BND[:, : -self.number] if self.active else hidden_BND
+
+
+def drawn_prompts(*size: int, generator: torch.Generator) -> Tensor:
+    """Tokens of N(0, 0.02²), as embeddings of transformers begin."""
+    return torch.empty(size).normal_(std=0.02, generator=generator)
 
 
 class Tuned(Adaptation):
@@ -208,16 +216,19 @@ def _scaled(encoder: Encoder) -> dict[str, int]:
     return found | {anatomy.norm: -1}
 
 
-def attach_prompts(encoder: Encoder, *, number: int = 5, deep: bool) -> dict[str, nn.Parameter]:
+def attach_prompts(
+    encoder: Encoder, *, number: int = 5, deep: bool, seed: int = 0
+) -> dict[str, nn.Parameter]:
     """`number` prompts before the first block, or new ones before every block if `deep`; what
     trains, by name.
     """
     anatomy, backbone = encoder.anatomy, encoder.backbone
     blocks = [backbone.get_submodule(block.name) for block in anatomy.blocks]
-    device = next(backbone.parameters()).device
+    place = {"device": next(backbone.parameters()).device}
     entering = blocks if deep else blocks[:1]
-    for block in entering:
-        prompts = Prompts(number, anatomy.width, device=device)
+    for block, names in zip(entering, anatomy.blocks, strict=False):
+        generator = seeded(seed, names.name)
+        prompts = Prompts(number, anatomy.width, generator=generator, **place)
         put(block, "prompts", prompts, _forward_with_prompts)
     # In a tuple, so that the block in which they leave does not register them once more.
     for block in entering if deep else blocks[-1:]:
@@ -315,6 +326,12 @@ def adaptations(encoder: Encoder) -> list[tuple[str, Adaptation]]:
         for path, module in encoder.named_modules()
         if isinstance(module, Adaptation)
     ]
+
+
+def resting(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are to train, but rest now."""
+    modules = (one for one in model.modules() if isinstance(one, Adaptation) and one.resting)
+    return [part for module in modules for part in module.parameters() if part.requires_grad]
 
 
 @contextmanager

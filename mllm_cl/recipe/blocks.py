@@ -86,7 +86,12 @@ class ClassesBlock:
     seed of NumPy's legacy generator; null: as they are named). The first stage brings `first` of
     them (0: as many as the others), each later one `increment`, the last what is left. `templates`
     are the prompts that a text tower reads class names in: a key of data/templates.yaml, or a list
-    of texts with {} for the name. The first trains, all of them together test.
+    of texts with {} for the name. The first trains, all of them together test. `texts` is a YAML or
+    JSON file of what they call each class, as in `n01443537: goldfish`; without it a class is
+    called by its name, with spaces for underscores and without a number before it. `descriptions`
+    say what classes look like, in a JSON file (model/descriptions.py) or toy:NAME; ENGINE reads it.
+    `captions` are pictures with captions, read as `retrieval.data` is and of one file all: the mean
+    cosine of those in the split "train" with their own is told after every stage.
     """
 
     data: str
@@ -96,13 +101,18 @@ class ClassesBlock:
     order: Annotated[int, Between(0, 2**32 - 1)] | None = 1993
     preprocessing: Literal["paper_compat", "clip", "siglip", "processor"] = "processor"
     templates: tuple[str, ...] | str = "plain"
+    texts: str | None = None
+    descriptions: str | None = None
+    captions: str | None = None
     train_size: Count | None = None  # images of each class, None: all
     eval_size: Count | None = None
     stages: Count | None = None  # only so many of them, None: all
     args: dict[str, Any] = field(default_factory=dict)  # handed to the reader of `data`
 
     def __post_init__(self) -> None:
-        _must_exist("data", self.data)
+        for key in ("data", "texts", "descriptions", "captions"):
+            if vars(self)[key] is not None:
+                _must_exist(key, vars(self)[key])
         for key in ("data", "split", "size", "seed", "number"):
             if key in self.args:
                 raise RecipeError(f"args.{key}", "does not belong here: it is a key of 'classes'")
@@ -142,6 +152,52 @@ class ClassesBlock:
 
         names = stage_names(self.sizes())[: self.stages]
         return tuple(TaskBlock(name=name, data=self.data) for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalBlock:
+    """Images with captions in a task for each of `words`, to be found by one another.
+
+    An image belongs to the first of the words that any of its captions says in any form, with
+    `assign: majority` to the one that most of them say; who says none is left out. Forms are made
+    by rules, unless `forms` lists those of a word.
+    """
+
+    data: str
+    words: tuple[str, ...] = ("walk", "stand", "run", "ride", "play")  # arXiv:2305.19270
+    forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    assign: Literal["first", "majority"] = "first"
+    preprocessing: Literal["paper_compat", "clip", "siglip", "processor"] = "processor"
+    train_size: Count | None = None  # images of each task, None: all
+    eval_size: Count | None = None
+    stages: Count | None = None  # only so many tasks, None: all
+    args: dict[str, Any] = field(default_factory=dict)  # handed to the reader of `data`
+
+    def __post_init__(self) -> None:
+        _must_exist("data", self.data)
+        for index, word in enumerate(self.words):
+            if not re.fullmatch(r"[^\W\d_]+", word) or word != word.lower():
+                problem = f"found {word!r}, expected one word in lower case"
+                raise RecipeError(f"words.{index}", problem)
+        if not self.words or len(set(self.words)) < len(self.words):
+            problem = f"found {shown(list(self.words))}, expected different words, one at least"
+            raise RecipeError("words", problem)
+        for word, listed in self.forms.items():
+            if word not in self.words:
+                raise RecipeError(
+                    f"forms.{word}", f"is none of the words{nearest(word, self.words)}"
+                )
+            if not listed:
+                raise RecipeError(
+                    f"forms.{word}", "found an empty list, expected forms of the word"
+                )
+        if self.stages is not None and self.stages > len(self.words):
+            problem = f"found {self.stages}, but there are {len(self.words)} words"
+            raise RecipeError("stages", problem)
+
+    def tasks(self) -> tuple[TaskBlock, ...]:
+        """A task per word."""
+        return tuple(TaskBlock(name=word, data=self.data) for word in self.words[: self.stages])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +271,13 @@ def tell_apart(blocks: dict[str, tuple[RetainBlock, ...]]) -> None:
 
 def _must_exist(key: str, text: str) -> None:
     """Refuse what looks like a path and is not there; anything else is left to the reader."""
-    ends = (".json", ".jsonl", ".parquet", ".csv", ".safetensors")
+    ends = (".json", ".jsonl", ".parquet", ".csv", ".safetensors", ".yaml", ".yml")
     if not text or text == "toy:":
         raise RecipeError(key, f"found {text!r}, expected toy:NAME, a path or a name on the hub")
     path = text.startswith(("/", "./", "../", "~")) or text.endswith(ends)
     # A name on the hub has a slash, too; where its first part is a folder here, a path was meant.
     path = path or ("/" in text and ":" not in text and Path(text.partition("/")[0]).is_dir())
+    path = path and "${" not in text
     if path and not Path(text).expanduser().exists():
         folder = Path(text).expanduser().parent
         beside = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []

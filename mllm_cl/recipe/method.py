@@ -78,6 +78,18 @@ def check_superseded(tasks: Sequence[TaskBlock], name: str, method: "Method") ->
             )
 
 
+def check_decay(method: "Method", training: Mapping[str, Any]) -> None:
+    """RecipeError where an optimizer's old weight decay is asked for and there is none."""
+    optim, decay = training.get("optim", "adamw_torch"), training.get("weight_decay", 0.0)
+    if method.legacy_decay and (optim != "sgd" or not decay):
+        raise RecipeError(
+            "method.emulate_legacy_decay",
+            f"found true with optim {optim} and weight_decay {decay:g}, but it is SGD whose weight "
+            "decay shrank what was frozen: set 'training.optim: sgd' and a 'training.weight_decay' "
+            "above 0, as the released code has them, or leave it out",
+        )
+
+
 def _kind(name: str, setting: str) -> type["Method"]:
     """The method's class. RecipeError where a method for classes is given tasks, or vice versa."""
     from mllm_cl.method import SETTINGS, load_method

@@ -18,29 +18,40 @@ from mllm_cl.recipe.blocks import (
     EvalBlock,
     ModelBlock,
     RetainBlock,
+    RetrievalBlock,
     TaskBlock,
     tell_apart,
 )
 from mllm_cl.recipe.convert import convert, plain
+from mllm_cl.recipe.descriptions import descriptions_print
 from mllm_cl.recipe.errors import RecipeError, unknown
 from mllm_cl.recipe.hints import Between
 from mllm_cl.recipe.method import (
+    check_decay,
     check_superseded,
     method_block,
     written_method,
 )
 from mllm_cl.recipe.read import parse, put, read_file, refuse_remote_code, split_overrides
+from mllm_cl.recipe.texts import read_texts
 from mllm_cl.recipe.training import BOOKKEEPING, training_block, training_names
 
 if TYPE_CHECKING:
     from mllm_cl.method import Method
+
+# What may stand in the place of `tasks`, and which setting it is.
+STREAMS = {
+    "classes": (ClassesBlock, "class_incremental"),
+    "retrieval": (RetrievalBlock, "retrieval"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything about a continual run except the hardware.
 
-    `classes`, in the place of a file's `tasks`, makes it class-incremental: `tasks` are its stages.
+    `classes`, in the place of a file's `tasks`, makes it class-incremental, and `retrieval` one of
+    images and captions: `tasks` are then its stages.
     """
 
     output_dir: str
@@ -49,6 +60,7 @@ class Recipe:
     method_name: str
     tasks: tuple[TaskBlock, ...]
     classes: ClassesBlock | None = None
+    retrieval: RetrievalBlock | None = None
     retain: tuple[RetainBlock, ...] = ()
     data: DataBlock = field(default_factory=DataBlock)
     training: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +119,7 @@ class Recipe:
             "method": {"name": self.method_name, **own},
             **self._sequence(),
             "retain": [dataclasses.asdict(data) for data in self.retain],
-            **({} if self.classes else {"data": dataclasses.asdict(self.data)}),
+            **({} if self.of_images else {"data": dataclasses.asdict(self.data)}),
             "training": self.training,
             "eval": dataclasses.asdict(self.eval),
         }
@@ -117,9 +129,15 @@ class Recipe:
 
     def _sequence(self) -> dict[str, Any]:
         """What is learnt, as a file says it."""
-        if self.classes is not None:
-            return {"classes": dataclasses.asdict(self.classes)}
+        for key in STREAMS:
+            if vars(self)[key] is not None:
+                return {key: dataclasses.asdict(vars(self)[key])}
         return {"tasks": [dataclasses.asdict(task) for task in self.tasks]}
+
+    @property
+    def of_images(self) -> bool:
+        """Whether an image encoder learns, from one of `STREAMS`."""
+        return any(vars(self)[key] is not None for key in STREAMS)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the resolved recipe as YAML, whole or not at all."""
@@ -141,10 +159,17 @@ class Recipe:
             raise ValueError(f"found stage {index}, expected -1 to {len(self.tasks) - 1}")
         tree = self.resolved()
         del tree["output_dir"]
-        if self.classes is None:
+        if self.retrieval is not None:
+            tree["retrieval"]["stages"] = index + 1
+        elif self.classes is None:
             tree["tasks"] = tree["tasks"][: index + 1]
         else:
             tree["classes"]["stages"] = index + 1
+            if self.classes.texts is not None:
+                texts = json.dumps(read_texts(self.classes.texts), sort_keys=True)
+                tree["classes"]["texts"] = hashlib.sha256(texts.encode()).hexdigest()
+            if self.classes.descriptions is not None:
+                tree["classes"]["descriptions"] = descriptions_print(self.classes.descriptions)
         for key in [key for key in tree["training"] if key.startswith(BOOKKEEPING)]:
             del tree["training"][key]
         if self.method_name.endswith(".py"):
@@ -171,7 +196,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
         "model",
         "method",
         "tasks",
-        "classes",
+        *STREAMS,
         "retain",
         "data",
         "training",
@@ -180,7 +205,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     )
     for name, value in tree.items():
         if name not in known:
-            raise unknown(name, value, known, _homes("classes" in tree))
+            raise unknown(name, value, known, _homes(tree))
     for name in ("model", "method"):
         if name not in tree:
             raise RecipeError(name, "is missing")
@@ -195,7 +220,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     if memory is not None and not Path(memory).is_file():
         problem = f"found {memory!r}, expected a file that mllm-cl measure has written"
         raise RecipeError("memory", problem)
-    classes, tasks = _learnt(tree)
+    key, stream, tasks = _learnt(tree)
     retain = convert(tree["retain"], tuple[RetainBlock, ...], "retain")
     tell_apart({"tasks": tasks, "retain": retain})
     training = training_block(convert(tree["training"], dict[str, Any], "training"))
@@ -203,9 +228,10 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     evaluation = convert(tree["eval"], EvalBlock, "eval")
     model = convert(tree["model"], ModelBlock, "model")
     # last, since it imports torch
-    setting = "instruction" if classes is None else "class_incremental"
+    setting = STREAMS[key][1] if key in STREAMS else "instruction"
     name, method, model, notes = method_block(tree["method"], model, seed, written, setting)
     check_superseded(tasks, name, method)
+    check_decay(method, training)
     return Recipe(
         seed=seed,
         output_dir=output_dir,
@@ -213,7 +239,7 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
         method=method,
         method_name=name,
         tasks=tasks,
-        classes=classes,
+        **({key: stream} if key in STREAMS else {}),
         retain=retain,
         data=data,
         training=training,
@@ -223,27 +249,32 @@ def _recipe(tree: dict[str, Any], stem: str, written: Mapping[str, Any]) -> Reci
     )
 
 
-def _learnt(tree: Mapping[str, Any]) -> tuple[ClassesBlock | None, tuple[TaskBlock, ...]]:
-    """The block `classes`, if there is one, and the tasks: its stages, or those of `tasks`."""
-    if tree.get("classes") is None:
+def _learnt(
+    tree: Mapping[str, Any],
+) -> tuple[str, ClassesBlock | RetrievalBlock | None, tuple[TaskBlock, ...]]:
+    """What is learnt: the key that it stands under, its block if it is no list of tasks, and the
+    tasks.
+    """
+    key = next((one for one in STREAMS if tree.get(one) is not None), "tasks")
+    if key == "tasks":
         if "tasks" not in tree:
             raise RecipeError("tasks", "is missing")
-        return None, convert(tree["tasks"], tuple[TaskBlock, ...], "tasks")
-    for name in ("tasks", "retain", "memory"):
+        return key, None, convert(tree["tasks"], tuple[TaskBlock, ...], "tasks")
+    for name in ("tasks", "retain", "memory", *(one for one in STREAMS if one != key)):
         if tree.get(name):
-            problem = "found beside 'classes', whose stages are the tasks; remove one of the two"
+            problem = f"found beside {key!r}, whose stages are the tasks; remove one of the two"
             raise RecipeError(name, problem)
     if tree.get("data"):
-        raise RecipeError("data", "found beside 'classes', of whose images it says nothing")
-    classes = convert(tree["classes"], ClassesBlock, "classes")
-    return classes, classes.tasks()
+        raise RecipeError("data", f"found beside {key!r}, of whose images it says nothing")
+    stream = convert(tree[key], STREAMS[key][0], key)
+    return key, stream, stream.tasks()
 
 
-def _homes(of_classes: bool) -> dict[str, str]:
+def _homes(tree: Mapping[str, Any]) -> dict[str, str]:
     """Where a key that was put at the top level belongs."""
     homes = {name: f"training.{name}" for name in training_names()}
     blocks = {"model": ModelBlock, "data": DataBlock, "eval": EvalBlock}
-    blocks |= {"classes": ClassesBlock} if of_classes else {}
+    blocks |= {key: kind for key, (kind, _) in STREAMS.items() if key in tree}
     for key, kind in blocks.items():
         homes |= {each.name: f"{key}.{each.name}" for each in dataclasses.fields(kind)}
     return homes

@@ -75,6 +75,8 @@ def _content(groups: Sequence[Group]) -> dict[str, Any]:
         "rows": _method_rows(groups) if len(runs) > 1 else [],
         "compared": list(words.numbers(groups).values()),
         "of_classes": all(group.of_classes for group in groups),
+        "of_pairs": all(group.of_pairs for group in groups),
+        "of_images": all(group.of_classes or group.of_pairs for group in groups),
         "by_name": bool(stages.by_name(groups)),
         "curves": [charts.plane(one) for one in stages.planes(groups)],
         "repeated": [note for group in groups if (note := _repeated(group))],
@@ -160,7 +162,8 @@ def _title(groups: Sequence[Group]) -> str:
 def _subtitle(groups: Sequence[Group]) -> str:
     recipes = [run.recipe for group in groups for run in group.runs]
     models = {str(recipe.get("model", {}).get("model_name_or_path", "?")) for recipe in recipes}
-    data = dict.fromkeys(str(one["classes"]["data"]) for one in recipes if "classes" in one)
+    blocks = [one[key] for one in recipes for key in ("classes", "retrieval") if key in one]
+    data = dict.fromkeys(str(block["data"]) for block in blocks)
     orders = dict.fromkeys(" → ".join(group.tasks) for group in groups)
     return "  ·  ".join((", ".join(sorted(models)), *data, *orders))
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_cl.metrics.recall import summary as recall_summary
 from mllm_cl.metrics.scores import ZERO_SHOT, table
 from mllm_cl.metrics.stages import summary as stages_summary
 
 # of a recipe, when replicates are looked for: the order of classes is a draw, as the seed is
-_LEFT_OUT = ("seed", "tasks", "retain", "classes.order", "classes.stages")
+_LEFT_OUT = ("seed", "tasks", "retain", "classes.order", "classes.stages", "retrieval.stages")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Run:
         return "classes" in self.recipe
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether images and captions find one another."""
+        return "retrieval" in self.recipe
+
+    @property
     def method(self) -> str:
         """The method's name, its file's if it is the user's own; the folder's if unknown."""
         name = self.recipe.get("method", {}).get("name")
@@ -91,6 +97,10 @@ class Group:
     @property
     def of_classes(self) -> bool:
         return all(run.of_classes for run in self.runs)
+
+    @property
+    def of_pairs(self) -> bool:
+        return all(run.of_pairs for run in self.runs)
 
     @property
     def finished(self) -> bool:
@@ -184,11 +194,15 @@ def _scores_so_far(done: Mapping[int, Path]) -> dict[str, Any]:
     found = table(tasks, retain, rows, replaced)
     if "classes" in recipe:
         found["summary"] |= stages_summary(rows)
+    if "retrieval" in recipe:
+        found["summary"] |= recall_summary(rows)
     return found
 
 
 def _planned(recipe: Mapping[str, Any]) -> list[str]:
     """The tasks up to the newest stage; of classes all stages, which their number says."""
+    if "retrieval" in recipe:
+        return list(recipe["retrieval"]["words"])
     if "classes" not in recipe:
         return [block["name"] for block in recipe.get("tasks", ())]
     from mllm_cl.data.classes import stage_names, stage_sizes  # which imports torch
@@ -273,7 +287,7 @@ def _telling(rivals: Sequence[Mapping[str, Any]]) -> list[str]:
     def kinds(keys: Sequence[str]) -> int:
         return len({tuple(str(one.get(key)) for key in keys) for one in rivals})
 
-    heads = ("method", "tasks", "classes", "training", "model")
+    heads = ("method", "tasks", "classes", "retrieval", "training", "model")
     every = sorted({key for one in rivals for key in one})
     every.sort(key=lambda key: heads.index(key.split(".")[0]) if key.split(".")[0] in heads else 9)
     shared = [key for key in every if all(key in one for one in rivals)]

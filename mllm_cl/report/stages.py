@@ -1,21 +1,23 @@
-"""Runs of classes that come in stages, as curves: accuracy over the classes seen, by name over all
-there are, and over what is kept.
+"""Runs in stages, as curves: of classes accuracy over those seen, by name over all there are, and
+over what is kept; of images and captions recall over the tasks.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mllm_cl.metrics.recall import AT, RECALL
 from mllm_cl.metrics.scores import ZERO_SHOT
 from mllm_cl.metrics.stages import COUNTS, ZERO_SHOT_SCORES
 from mllm_cl.report.costs import size
 from mllm_cl.report.interval import Interval, interval
 from mllm_cl.report.runs import Group, Run
 
-BY_NAME = {  # kinds of zero-shot accuracy, and how they are said
+BY_NAME = {  # what is asked by name, and how it is said
     "seen": "classes seen",
     "unseen": "classes to come",
     "harmonic_mean": "harmonic mean",
+    "alignment": "cosine with own captions",
 }
 
 
@@ -73,9 +75,12 @@ def accuracies(run: Run) -> dict[int, float]:
 
 
 def planes(groups: Sequence[Group]) -> list[Plane]:
-    """All that the groups that learn classes have to show; none where nothing has two points."""
+    """All that the groups that learn classes or pairs have to show; none where nothing has two
+    points.
+    """
+    pairs = [group for group in groups if group.of_pairs]
     groups = [group for group in groups if group.of_classes]
-    return [*over_classes(groups), *by_name(groups), *over_memory(groups)]
+    return [*over_classes(groups), *by_name(groups), *over_memory(groups), *over_tasks(pairs)]
 
 
 def over_classes(groups: Sequence[Group]) -> list[Plane]:
@@ -89,7 +94,7 @@ def over_classes(groups: Sequence[Group]) -> list[Plane]:
 
 def by_name(groups: Sequence[Group]) -> list[Plane]:
     """Zero-shot accuracy over the classes seen, where stages were asked for it: of one method all
-    its three kinds, of several each kind with a line per method.
+    its kinds, of several each kind with a line per method.
     """
     title = "Asked by name, among all classes"
     if len(groups) == 1:
@@ -101,6 +106,31 @@ def by_name(groups: Sequence[Group]) -> list[Plane]:
         curves = [Curve(g.label, _named(g, key), number) for number, g in enumerate(groups)]
         found += _drawable(f"{title}: {kind}", curves)
     return found
+
+
+def over_tasks(groups: Sequence[Group]) -> list[Plane]:
+    """Recall both ways over all tasks so far, by their number: of one method at 1, 5 and 10, of
+    several at 1 with a line per method.
+    """
+    found = []
+    for way, said in (("i2t", "image to text"), ("t2i", "text to image")):
+        if len(groups) == 1:
+            lines = [(f"R@{k}", groups[0], f"{way}_r{k}") for k in AT]
+        else:
+            lines = [(group.label, group, f"{way}_r1") for group in groups]
+        curves = [
+            Curve(label, _points([_recall(run, key) for run in group.runs], "tasks"), number)
+            for number, (label, group, key) in enumerate(lines)
+        ]
+        title = f"Recall{'' if len(groups) == 1 else '@1'}, {said}, over all tasks so far"
+        found += _drawable(title, curves)
+    return found
+
+
+def _recall(run: Run, key: str) -> dict[int, float]:
+    """One kind of recall by the number of tasks."""
+    rows = [row[RECALL] for row in run.scores["rows"] if RECALL in row]
+    return {number: row[key] for number, row in enumerate(rows, start=1)}
 
 
 def _named(group: Group, key: str) -> list[Point]:
@@ -164,11 +194,11 @@ def _decades(number: float, least: int) -> float:
     return math.log10(number) if number else least - 1.0
 
 
-def _points(each: Sequence[Mapping[int, float]]) -> list[Point]:
+def _points(each: Sequence[Mapping[int, float]], what: str = "classes") -> list[Point]:
     """What every replicate has at a place, together."""
     places = sorted({x for values in each for x in values})
     found = {x: interval([values[x] for values in each if x in values]) for x in places}
-    return [Point(x, y, f"{x} classes") for x, y in found.items() if y is not None]
+    return [Point(x, y, f"{x} {what}") for x, y in found.items() if y is not None]
 
 
 def _drawable(title: str, curves: Iterable[Curve]) -> list[Plane]:

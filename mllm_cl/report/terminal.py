@@ -19,6 +19,7 @@ HEAT = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde7
 INK = ("white", "white", "white", "white", "black", "black", "black")
 SHOWN = ("average", "forgetting", "backward_transfer", "retain_average", "objective")
 SHOWN += ("average_incremental", "last", "performance_drop")  # where classes come in stages
+SHOWN += ("last_i2t_r1", "last_t2i_r1", "mean_i2t_r1", "mean_t2i_r1")  # of images and captions
 SHOWN += ("adoption", "stale_answers", "collateral_forgetting")  # where answers were superseded
 
 

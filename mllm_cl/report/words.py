@@ -25,6 +25,16 @@ OF_CLASSES = {
     "new": "new classes",
     "harmonic_mean": "harmonic mean",
 }
+# and of images and captions
+OF_PAIRS = {
+    "last_i2t_r1": "R_B@1, image to text",
+    "last_t2i_r1": "R_B@1, text to image",
+    "mean_i2t_r1": "R\N{COMBINING MACRON}@1, image to text",
+    "mean_t2i_r1": "R\N{COMBINING MACRON}@1, text to image",
+    "last_i2t_r10": "R_B@10, image to text",
+    "last_t2i_r10": "R_B@10, text to image",
+    "forgetting": "forgotten",
+}
 SPACE = "\N{NO-BREAK SPACE}"  # a number stays with its unit at the end of a line
 _WORDS = ("no", "one", "two", "three", "four", "five", "six")
 _WORDS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -32,6 +42,8 @@ _WORDS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
 
 def numbers(groups: Sequence[Group]) -> dict[str, str]:
     """What these groups are compared by; where some learn no classes, by what all of them have."""
+    if all(group.of_pairs for group in groups):
+        return OF_PAIRS
     return OF_CLASSES if all(group.of_classes for group in groups) else NUMBERS
 
 

@@ -3,7 +3,7 @@
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mllm_cl import record
+from mllm_cl.data.pixels import Preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
 from mllm_cl.method import Batches
+from mllm_cl.model.encoder import Encoder
+from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.layers import State
-from mllm_cl.recipe import Recipe
+from mllm_cl.recipe import ModelBlock, Recipe
 from mllm_cl.task import Sample, TaskSequence
 
 Collator = Callable[[Sequence[Sample]], dict[str, Tensor]]
@@ -76,11 +79,24 @@ class Setting(Protocol):
         Collective.
         """
 
-    def scores(self, place: Place, model: nn.Module) -> dict[str, Any]:
-        """What else a row of scores holds of the model as it is now. Collective."""
+    def scores(
+        self, place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]
+    ) -> dict[str, Any]:
+        """What else a row of scores holds of the model as it is now, and of the answers that it has
+        given. Collective.
+        """
 
     def drift(self, place: Place, model: nn.Module, state: State) -> Drift:
         """How far inputs, routers and experts have moved. Collective."""
+
+
+def opened(recipe: Recipe, encoder_of: Callable[[ModelBlock], Encoder]) -> tuple[Encoding, Preset]:
+    """The model of a recipe of images around an encoder as `encoder_of` opens it, before a method
+    has changed it, and how its pictures are prepared. RecipeError.
+    """
+    setting = setting_of(recipe)
+    how = setting.classifier if recipe.classes is not None else setting.matcher
+    return how(recipe, encoder_of)
 
 
 def setting_of(recipe: Recipe) -> Setting:

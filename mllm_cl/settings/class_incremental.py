@@ -1,6 +1,7 @@
 """Class-incremental learning: images in, one of all the classes that were seen so far out."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,13 @@ from transformers import TrainerCallback
 
 from mllm_cl import engine
 from mllm_cl.data import fingerprint
+from mllm_cl.data.captioned import captioned
 from mllm_cl.data.classes import stage_names, stages
+from mllm_cl.data.errors import some
 from mllm_cl.data.labelled import Labelled, labelled
+from mllm_cl.data.pairs import PairCollator
 from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
+from mllm_cl.data.views import VIEWS
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
 from mllm_cl.features import Encoded, Encodes, FeatureBatches, FeatureCache
@@ -29,9 +34,11 @@ from mllm_cl.model.load import location
 from mllm_cl.model.texts import Reader, load_reader, reads
 from mllm_cl.model.watch import evaluating
 from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
+from mllm_cl.recipe.descriptions import check_descriptions, descriptions_of
+from mllm_cl.recipe.texts import check_texts, read_texts
 from mllm_cl.settings import Collator, Place
 from mllm_cl.task import Sample, Task, TaskSequence
-from mllm_cl.zero_shot import zero_shot
+from mllm_cl.zero_shot import alignment, zero_shot
 
 
 def tasks_of(recipe: Recipe) -> TaskSequence:
@@ -45,6 +52,12 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
         pairs = [(train.of(names), test.of(names)) for names in chosen]
     except ValueError as error:
         raise RecipeError("classes.data", str(error)) from None
+    _check_texts(recipe, train.names)
+    try:
+        if block.captions is not None:
+            captioned(block.captions, "train")
+    except ValueError as error:
+        raise RecipeError("classes.captions", str(error)) from None
     for names, (_, tested) in zip(chosen, pairs, strict=True):
         if not len(tested):
             problem = f"there is no image to test {', '.join(names[:3])} with"
@@ -64,13 +77,34 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
         every.append(Task(title, index, *pair, metric("exact_match"), **known))
         first += len(names)
     last = len(recipe.tasks)
-    return TaskSequence(tuple(every[:last]), later=tuple(every[last:]))
+    sequence = TaskSequence(tuple(every[:last]), later=tuple(every[last:]))
+    check_descriptions(block, classes_of(sequence, last), recipe.method.describes)
+    return sequence
+
+
+def _check_texts(recipe: Recipe, names: tuple[str, ...]) -> None:
+    """RecipeError where what prompts would call the classes is known to be wrong."""
+    block = recipe.classes
+    ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
+    if block.texts is None and ids and recipe.method.reads:
+        raise RecipeError(
+            "classes.texts",
+            f"is missing: {recipe.method_name} reads the names of classes, and {some(ids)} are ids "
+            f"of WordNet. Name a YAML file with words for each, such as '{ids[0]}: goldfish'",
+        )
+    if block.texts is not None:
+        args = {key: value for key, value in block.args.items() if key != "classes"}
+        check_texts(block.texts, names, lambda: labelled(block.data, "train", 1, **args).names)
 
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:
     """The backbone without a head, and the collator of what trains."""
     model, pixels = classifier(recipe, load_encoder)
-    return model, PixelCollator(pixels, classes_of(sequence), training=True, seed=recipe.seed)
+    if recipe.method.describes:
+        model.descriptions = descriptions_of(recipe.classes, classes_of(sequence))
+    view = VIEWS[recipe.method.view] if recipe.method.view else None
+    order = classes_of(sequence)
+    return model, PixelCollator(pixels, order, training=True, seed=recipe.seed, view=view)
 
 
 def classifier(
@@ -99,10 +133,17 @@ def _reader(recipe: Recipe) -> Reader | None:
     """
     try:
         if reads(recipe.model):
-            return load_reader(recipe.model, recipe.classes.prompts())
+            path = recipe.classes.texts
+            texts = {} if path is None else read_texts(path)
+            return load_reader(recipe.model, recipe.classes.prompts(), texts)
         problem = "the model has no text tower"
+    except RecipeError:
+        raise
     except ValueError as error:
         problem = str(error)
+    for key in ("texts", "captions"):
+        if vars(recipe.classes)[key] is not None:
+            raise RecipeError(f"classes.{key}", f"found {vars(recipe.classes)[key]}, but {problem}")
     if recipe.method.reads:
         raise RecipeError(
             "model.model_name_or_path",
@@ -141,7 +182,8 @@ def trained(
     steady = model.encoder.steady and place.collator.preset.deterministic
     if place.stage == 0 or samples is None or not steady:
         return samples, place.collator
-    encoded = Encoded(_batches(place, model, samples))
+    viewed = None if place.collator.view is None else place.collator.viewed
+    encoded = Encoded(_batches(place, model, samples), viewed)
     return encoded, encoded.collate
 
 
@@ -172,7 +214,7 @@ def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answ
     return found
 
 
-def scores(place: Place, model: nn.Module) -> dict[str, Any]:
+def scores(place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     """Where images and texts lie in one space, the accuracy by name over all classes of the recipe,
     learnt or not: see `zero_shot`.
     """
@@ -184,7 +226,26 @@ def scores(place: Place, model: nn.Module) -> dict[str, Any]:
         for task in (*sequence.tasks, *sequence.later)
     )
     known = len(classes_of(sequence, place.stage))
-    return {ZERO_SHOT_SCORES: zero_shot(model, classes_of(sequence), known, sets)}
+    found = zero_shot(model, classes_of(sequence), known, sets)
+    if place.recipe.classes.captions is not None:
+        found["alignment"] = _alignment(place, model, cache)
+    return {ZERO_SHOT_SCORES: found}
+
+
+def _alignment(place: Place, model: Classifier, cache: FeatureCache) -> float:
+    """Of every caption with its image; texts are read as class names are by a method that puts
+    learnt words before them, else as they are.
+    """
+    pairs = captioned(place.recipe.classes.captions, "train")
+    said = [caption for captions in pairs.captions for caption in captions]
+    reader = model.reader
+    own = reader.templates == place.recipe.classes.prompts()
+    (template,) = ("{}",) if own else reader.templates
+    text_ND = model.read([template.replace("{}", caption) for caption in said])
+    images = PairCollator(place.collator.preset, reader.tokens).image
+    image_ND = replace(cache, collate=images).of(pairs, "captions")
+    number_N = torch.tensor([*map(len, pairs.captions)])
+    return alignment(model, image_ND.repeat_interleave(number_N, dim=0), text_ND)
 
 
 def drift(place: Place, model: nn.Module, state: State) -> Drift:

@@ -1,6 +1,6 @@
 """Instruction tuning: questions and pictures in, generated answers out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -87,7 +87,7 @@ def answers(place: Place, model: nn.Module, state: State) -> dict[str, list[Answ
     }
 
 
-def scores(place: Place, model: nn.Module) -> dict[str, Any]:
+def scores(place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
     """Nothing but what answers are scored with."""
     return {}
 

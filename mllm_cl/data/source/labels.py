@@ -54,7 +54,7 @@ def labelled_format(rows: Rows, label: str | None, image: str | None, file: str)
     columns = tuple(columns_of(rows))
     answer = _label_column(rows, columns, label, file)
     form = Format("classes", columns, prompt="?", answer=answer, image=image)
-    _check_image(form, file)
+    check_image(form, file)
     return form
 
 
@@ -95,7 +95,8 @@ def _label_column(rows: Rows, columns: Sequence[str], given: str | None, file: s
     return name
 
 
-def _check_image(form: Format, file: str) -> None:
+def check_image(form: Format, file: str) -> None:
+    """DataError with the columns that were found where none is that of the picture."""
     if form.image is not None and form.image not in form.columns:
         found = ", ".join(form.columns)
         raise DataError(f"args.image names {form.image!r}, but the columns are {found}", file)

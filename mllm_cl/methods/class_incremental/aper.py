@@ -21,6 +21,10 @@ class APER(FirstStageLearner):
     The branches are joined as they come, so that the one of larger norm weighs more.
     """
 
+    def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
+        """Sums and counts of both branches, if no later stage has more classes than the first."""
+        return 8 * model.head.number * num_tasks * (2 * model.encoder.width + 1)
+
     def settle(self, model: Classifier, memory: Memory) -> None:
         """Both branches, and the prototypes of the past."""
         known = memory.under(self.name)

@@ -23,12 +23,13 @@ from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.prompts import Pool, attach_block_pool
 from mllm_cl.model.surgery import only_train
+from mllm_cl.model.vision import drawn_prompts
 from mllm_cl.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class CPP(ClassMethod):
-    """A task's prompts, `length` before every block, zeros in the first task and afterwards as the
+    """A task's prompts, `length` before every block, drawn in the first task and afterwards as the
     last task left them, train with a neck of three linears that is thrown away. With z its unit
     output for a picture, and S the pictures and the kept centroids of a batch,
 
@@ -75,6 +76,11 @@ class CPP(ClassMethod):
             width, self.hidden, temperature=self.temperature, both=both, seed=self.seed
         )
         only_train(model, [*trained, *model.head.parameters()])
+
+    def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
+        """Keys, values and variances, and whose, if no later stage has more classes."""
+        kept = self.centroids * model.head.number * num_tasks
+        return kept * (4 * 3 * model.encoder.width + 2 * 8) + 8
 
     def start_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce
@@ -131,7 +137,8 @@ class CPP(ClassMethod):
         trained = []
         for block in encoder.anatomy.blocks:
             size = 1, self.length, encoder.anatomy.width
-            pool = Pool([torch.zeros(size, device=device) for _ in range(tasks)], finder.choice)
+            first = drawn_prompts(*size, generator=seeded(self.seed, block.name)).to(device)
+            pool = Pool([first.clone() for _ in range(tasks)], finder.choice)
             attach_block_pool(encoder, block, pool)
             trained.append(pool.pool[-1])
         attach_finder(encoder, finder)

@@ -4,7 +4,7 @@ Source: Gao et al., "A Unified Continual Learning Framework with General Paramet
 Tuning", arXiv:2303.10070, section 4. Unlike DualPrompt nothing belongs to a task.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +76,11 @@ class LAE(LinearLearner):
         """Offline begins as a copy, once."""
         if self._follows(memory) and not memory.under(f"{self.name}/offline"):
             self._put(memory, self._online(model))
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """All have the same: what rests is a group, as ZeRO's optimizer can forget groups alone."""
+        return {"encoder.": 1.0}
 
     def before_step(self, model: nn.Module, memory: Memory, done: float) -> None:
         """Offline follows the last step; at first online rests."""

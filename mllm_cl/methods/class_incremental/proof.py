@@ -6,13 +6,14 @@ Source: Zhou et al., "Learning without Forgetting for Vision-Language Models", a
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mllm_cl.exemplars import OptionalRehearsal
+from mllm_cl.learner import Expanding
 from mllm_cl.memory import Memory
 from mllm_cl.method import Batches, Reduce
 from mllm_cl.model.classifier import Classifier
@@ -23,7 +24,7 @@ from mllm_cl.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof(OptionalRehearsal):
+class Proof(Expanding, OptionalRehearsal):
     """Both encoders stay as they are; a task adds a linear projection for images, one for texts and
     `context` prompts, and trains them with the attention that all tasks share (`model.fusion`):
 
@@ -37,7 +38,8 @@ class Proof(OptionalRehearsal):
     mode released, the code behind the tables, differs: old projections of texts go on training, the
     first loss is a contrast within the batch, the other two have neither cosine nor scale, and the
     fused context is a mean over the images that are asked together, so that an answer depends on
-    them. Of both modes, but not in the paper: layer norm after the residual, and `dropout`.
+    them; with `emulate_legacy_decay` old projections of images and old prompts fade. Of both modes,
+    but not in the paper: layer norm after the residual, and `dropout`.
     `residual` adds the features themselves to each projection, which starts at zero, so that what
     the model knows by name survives (the paper has such a variant; its form here is ours).
 
@@ -47,11 +49,15 @@ class Proof(OptionalRehearsal):
 
     reads: ClassVar[bool] = True
 
-    mode: Literal["paper", "released"] = "paper"
     memory_per_class: int | None = 20
     context: int = 3
     dropout: float = 0.1
     residual: bool = False
+
+    def __post_init__(self) -> None:
+        """As for exemplars, and for what fades."""
+        super().__post_init__()
+        self.check_decay()
 
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """A projection of each side and a context for every task so far; the newest train."""
@@ -69,13 +75,20 @@ class Proof(OptionalRehearsal):
             dropout=self.dropout,
             paper=self.mode == "paper",
             residual=self.residual,
+            fades=self.emulate_legacy_decay,
             seed=self.seed,
         )
         for _ in range(task.index):
             model.head.expand()
         model.head.hold(len(task.earlier), len(task.labels))
         model.head.names = (*task.earlier, *task.labels)
-        only_train(model, model.head.newest() if task.index else [])
+        trained = [*model.head.newest(), *model.head.fading()] if task.index else []
+        only_train(model, trained)
+
+    def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
+        """The means and the exemplars."""
+        means = 4 * model.head.number * num_tasks * model.encoder.width
+        return means + super().forecast_bytes(model, num_tasks)
 
     def start_task(
         self,

@@ -4,21 +4,20 @@ Source: Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Mod
 arXiv:2303.07338, section 4.1.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
+from mllm_cl.learner import ClassMethod
 from mllm_cl.memory import Memory
-from mllm_cl.method import Batches, Method, Reduce
+from mllm_cl.method import Batches, Method, Reduce, Untrained
 from mllm_cl.model.heads import Prototype
-from mllm_cl.model.surgery import only_train
-from mllm_cl.task import Sample, Task
+from mllm_cl.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimpleCIL(Method):
+class SimpleCIL(Untrained, ClassMethod):
     """No training: the weight of class c is the mean of its training images' features, as they are
     (CLS after the last norm, test preprocessing); the answer is argmax_c cos(f(x), w_c).
 
@@ -26,7 +25,11 @@ class SimpleCIL(Method):
     the order of tasks.
     """
 
-    setting: ClassVar[str] = "class_incremental"
+    engines: ClassVar[tuple[str, ...]] = Method.engines
+
+    def forecast_bytes(self, model: nn.Module, num_tasks: int) -> int:
+        """Sums and counts, if no later stage brings more classes than the first."""
+        return 8 * model.head.number * num_tasks * (model.encoder.width + 1)
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """A head with the prototypes of the past, and everything frozen."""
@@ -34,13 +37,7 @@ class SimpleCIL(Method):
         model.head = Prototype(model.encoder.width, len(known.get("count", ())))
         if known:
             model.head.restore(known["sum"], known["count"])
-        only_train(model, [])
-
-    def train_set(
-        self, task: Task, memory: Memory, past: Sequence[Task]
-    ) -> Sequence[Sample] | None:
-        """Nothing to train on."""
-        return None
+        super().before_task(model, task, memory)
 
     def after_task(
         self, model: nn.Module, task: Task, memory: Memory, batches: Batches, reduce: Reduce

@@ -3,21 +3,19 @@
 Source: PROOF, arXiv:2305.19270, eq. 1 and its tables' row "ZS-CLIP"; CLIP, arXiv:2103.00020.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mllm_cl.learner import ClassMethod
 from mllm_cl.memory import Memory
-from mllm_cl.method import Batches, Reduce
+from mllm_cl.method import Batches, Reduce, Untrained
 from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.heads import Named
-from mllm_cl.model.surgery import only_train
-from mllm_cl.task import Sample, Task
+from mllm_cl.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZSCLIP(ClassMethod):
+class ZSCLIP(Untrained, ClassMethod):
     """No training and nothing to remember: f(x)_c = softmax_c( cos(g_i(x), t_c) / τ ) over the
     classes so far, t_c being the mean direction of all prompts of c and 1/τ the model's own scale.
 
@@ -28,16 +26,10 @@ class ZSCLIP(ClassMethod):
     reads: ClassVar[bool] = True
 
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
-        """Everything frozen."""
+        """A head that compares with names, and everything frozen."""
         scale = float(model.encoder.backbone.logit_scale.detach().exp())
         model.head = Named(model.encoder.width, scale=scale)
-        only_train(model, [])
-
-    def train_set(
-        self, task: Task, memory: Memory, past: Sequence[Task]
-    ) -> Sequence[Sample] | None:
-        """Nothing to train on."""
-        return None
+        super().before_task(model, task, memory)
 
     def after_task(
         self, model: Classifier, task: Task, memory: Memory, batches: Batches, reduce: Reduce

@@ -1,0 +1,1 @@
+"""One method per file; the file's name is the method's."""
