@@ -8,10 +8,11 @@ import yaml
 
 from clip import reading_folder
 from encoders import backbone
-from mllm_cl import run
+from mllm_cl import cli, run
 from mllm_cl.model.encoder import load_encoder
 from mllm_cl.model.texts import in_words
 from mllm_cl.recipe import RecipeError
+from mllm_cl.recipe.texts import read_texts
 from mllm_cl.settings.class_incremental import classifier, tasks_of
 from own_data import png
 from test_class_incremental import answers, recipe
@@ -108,6 +109,30 @@ def test_texts_that_do_not_fit_are_named_before_the_model_loads(tmp_path, data, 
     with pytest.raises(RecipeError, match=told) as error:
         run(one)
     assert error.value.key == "classes.texts"
+
+
+@pytest.mark.parametrize("text", ["- red circle\n- blue cross\n", ""])
+def test_a_file_without_names_is_told_what_belongs_there(tmp_path, text):
+    path = tmp_path / "texts.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"expected keys \(names of classes\)"):
+        read_texts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        ({}, 0, "A run would start"),
+        ({"n0148485": "shark"}, 2, "names n0148485: no class"),
+        (None, 2, "ids of WordNet"),
+    ],
+)
+def test_the_check_of_data_says_whether_texts_fit(tmp_path, data, capsys, change, code, told):
+    path = None if change is None else texts(tmp_path, **WORDS | change)
+    one = of_ids(tmp_path / "run", tmp_path, data, texts=path)
+    one.save(tmp_path / "recipe.yaml")
+    assert cli.main(["data", "check", str(tmp_path / "recipe.yaml")]) == code
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_file_may_name_the_classes_that_a_recipe_leaves_out(tmp_path, data):

@@ -151,6 +151,15 @@ def test_other_words_are_another_run(clip, tmp_path):
     assert naming(tmp_path, clip, said).fingerprint(0) != first
 
 
+def test_a_class_that_is_called_by_the_name_of_another_keeps_its_own_key(clip, tmp_path):
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(dict(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))))
+    path = written(tmp_path, described(NAMES).text())
+    recipe = injecting(tmp_path, clip, {"descriptions": str(path), "texts": str(texts)})
+    model, _ = load(recipe, tasks_of(recipe))
+    assert model.descriptions == described(NAMES) and model.called(NAMES[0]) == NAMES[1]
+
+
 def test_a_file_may_call_classes_what_prompts_call_them(clip, tmp_path):
     words = {name: f"thing {place}" for place, name in enumerate(NAMES)}
     texts = tmp_path / "texts.json"

@@ -1,5 +1,7 @@
 """Experts that a batch leaves out take part in it, and nothing about the batch changes by it."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,9 +33,16 @@ def mixed(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("experts", ["lora", "whole", "frozen"])
-def test_after_a_batch_of_text_every_tensor_that_trains_has_a_gradient(experts, checkpointing):
+@pytest.mark.parametrize(
+    ("experts", "implementation"),
+    [("lora", None), *product(("whole", "frozen"), ("grouped_mm", "eager"))],
+)
+def test_after_a_batch_of_text_every_tensor_that_trains_has_a_gradient(
+    experts, implementation, checkpointing
+):
     model = operated(experts=experts)
+    if implementation is not None:  # adapters have one of their own
+        model.set_experts_implementation(implementation)
     batch = text(model)
     before = model(**batch).logits
     visit_idle(model)
@@ -48,6 +57,7 @@ def test_after_a_batch_of_text_every_tensor_that_trains_has_a_gradient(experts, 
     assert all(grad is not None for grad in grads.values())
     assert pictures and not any(grad.any() for grad in pictures.values())
     assert any(grad.any() for name, grad in grads.items() if name not in pictures)
+    assert torch.equal(model(**batch).logits, before)  # the experts that stood in are gone
     assert idle(model) == {name.partition("vision_moe")[0] + "vision_moe" for name in pictures}
 
 

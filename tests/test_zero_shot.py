@@ -244,6 +244,14 @@ def test_the_laion_score_is_the_mean_cosine_of_pictures_and_their_own_captions(c
     assert summary["alignment"] == expected
 
 
+def test_captions_are_said_to_tell_nothing_of_features_that_are_no_place_for_texts(clip, tmp_path):
+    pictures_with_captions(tmp_path)
+    captions = {"captions": str(tmp_path / "pairs.jsonl"), "args": {}, "preprocessing": "clip"}
+    with pytest.warns(UserWarning, match=r"classes\.captions: aper gives features"):
+        run(recipe(tmp_path / "run", clip, "aper", stages=1, **captions))
+    assert "zero_shot" not in row(tmp_path / "run", 1)
+
+
 def test_captions_that_are_not_there_are_told_before_the_weights_load(clip, tmp_path):
     (tmp_path / "none.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(RecipeError, match=r"classes\.captions.*none that has the captions"):

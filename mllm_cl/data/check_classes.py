@@ -58,7 +58,7 @@ def check_classes(recipe, file: TextIO | None = None) -> int:
         for words in _about(opened, plan):
             console.print(words if isinstance(words, Text) else Text(words))
         problems += _in_the_way(opened, plan)
-        problems += _not_said(recipe, plan)
+        problems += _not_said(recipe, sets["train"].names, plan)
     verdict = "A run would start on these data." if not problems else "A run would stop at these:"
     console.print(Text(f"\n{verdict}", style="bold"))
     for problem in problems:
@@ -172,12 +172,16 @@ def _in_the_way(
             yield f"stage {name} has no picture to test with"
 
 
-def _not_said(recipe, plan: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
-    """What the method needs to be told of classes and is not."""
+def _not_said(
+    recipe, names: Sequence[str], plan: Sequence[tuple[str, tuple[str, ...]]]
+) -> Iterator[str]:
+    """What prompts and the method need to be told of classes and are not."""
     from mllm_cl.recipe.descriptions import check_descriptions
+    from mllm_cl.recipe.texts import check_texts
 
+    planned = [name for _, classes in plan for name in classes]
     try:
-        names = [name for _, classes in plan for name in classes]
-        check_descriptions(recipe.classes, names, recipe.method.describes)
+        check_texts(recipe, names)
+        check_descriptions(recipe.classes, planned, recipe.method.describes)
     except ValueError as error:
         yield str(error)

@@ -100,7 +100,7 @@ def _described(
 ) -> Experts:
     module = live[path]
     layout = _layout(path, module)
-    scales_input = not _is_switched(module) and _takes_inputs_only(module)
+    scales_input = not is_switched(module) and _takes_inputs_only(module)
     return Experts(
         path=path,
         module=module,
@@ -108,7 +108,7 @@ def _described(
         # No shape says it. transformers has the flag because all but what bears it do not.
         interleaved=layout.gated and not vars(module).get("is_concatenated", True),
         biased=_is_biased(path, module, layout),
-        switched=_is_switched(module),
+        switched=is_switched(module),
         router=router,
         top_k=num_chosen,
         shared=_shared(path, live),
@@ -117,7 +117,8 @@ def _described(
     )
 
 
-def _is_switched(module: nn.Module) -> bool:
+def is_switched(module: nn.Module) -> bool:
+    """Whether these are experts whose forward is chosen by transformers' switch."""
     return all(flag in vars(module) for flag in _FLAGS)
 
 
@@ -194,7 +195,7 @@ def _fed(router: str, num_rows: int, live: Mapping[str, nn.Module]) -> str:
 def _has_experts(module: nn.Module, num_rows: int) -> bool:
     """Whether a module owns expert stacks, which has to be believed where its class says so."""
     rows = [shape[0] for shape in _stacks(module).values()]
-    return _is_switched(module) or rows.count(num_rows) >= 2
+    return is_switched(module) or rows.count(num_rows) >= 2
 
 
 def _layout(path: str, module: nn.Module) -> _Layout:
@@ -218,7 +219,7 @@ def _readings(module: nn.Module) -> Iterator[_Layout]:
     With neither gate nor flags there are several: (E, I, D) may be up, or down transposed.
     """
     stacks, flags = _stacks(module), vars(module)
-    switched = _is_switched(module)
+    switched = is_switched(module)
     # The names that every implementation behind the switch reads.
     names = ("gate_up_proj" if switched and flags["has_gate"] else "up_proj", "down_proj")
     pairs = [names] if switched else permutations(stacks, 2) if len(stacks) == 2 else []
@@ -247,7 +248,7 @@ def _is_biased(path: str, module: nn.Module, layout: _Layout) -> bool:
     }
     stacks = layout.up, layout.down
     rest = {name: shape for name, shape in _own(module).items() if name not in stacks}
-    declared = vars(module)["has_bias"] if _is_switched(module) else bool(rest)
+    declared = vars(module)["has_bias"] if is_switched(module) else bool(rest)
     if rest != (biases if declared else {}):
         raise ValueError(
             f"{path} ({type(module).__name__}) holds parameters that are not understood: "
@@ -288,7 +289,7 @@ def _corrections(
 
 
 def _refuse_unrouted(found: Mapping[str, Experts], live: Mapping[str, nn.Module]) -> None:
-    lost = [name for name, module in live.items() if _is_switched(module) and name not in found]
+    lost = [name for name, module in live.items() if is_switched(module) and name not in found]
     if lost:
         raise ValueError(
             f"no router was found for the experts in {', '.join(lost)}. Some models choose the "

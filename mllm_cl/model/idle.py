@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm_cl import engine
 from mllm_cl.model.anatomy import recorded_routers
+from mllm_cl.model.experts import is_switched
 
 
 class Visits:
@@ -18,22 +19,39 @@ class Visits:
 
     They answer nothing, with the gradient zero, and their answer is scattered into none of the
     block's: not a bit of it changes. A lone process that computes no gradients is left alone.
+
+    transformers' "eager" experts go through those that were chosen, and without a token use no
+    weight at all: the "batched_mm" ones stand in for them then.
     """
 
     def __init__(self, block: nn.Module, parts: dict[str, nn.Module]) -> None:
         self.parts = parts
         self.idle: list[str] = []
         self._called: set[str] = set()
+        self._stands_in = False
         block.register_forward_pre_hook(self._enter)
         block.register_forward_hook(self._leave)
         for name, part in parts.items():
             part.register_forward_pre_hook(self._note(name))
+            for module in filter(is_switched, part.modules()):
+                module.register_forward_pre_hook(self._stand_in)
+                module.register_forward_hook(self._stand_back, always_call=True)
 
     def _note(self, name: str):
         def hook(part: nn.Module, args: tuple) -> None:
             self._called.add(name)
 
         return hook
+
+    def _stand_in(self, experts: nn.Module, args: tuple) -> None:
+        config = experts.config
+        self._stands_in = not len(args[0]) and config._experts_implementation == "eager"
+        if self._stands_in:
+            config._experts_implementation = "batched_mm"
+
+    def _stand_back(self, experts: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._stands_in:
+            experts.config._experts_implementation = "eager"
 
     def _enter(self, block: nn.Module, args: tuple) -> None:
         self._called.clear()

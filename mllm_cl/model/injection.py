@@ -45,10 +45,10 @@ class Injection(Head):
 
     t is the mean direction of u_t of a class's prompts, o a discriminant's (`model.discriminant`)
     and r how well z fits what tells each of the `rerank_top` nearest classes from the others of
-    them. mode paper: r_k is the mean of cos(z, d) over all descriptions d of k against the others;
-    classes that are no candidates get the least r of those that are, so none overtakes. mode
-    released: in each of three rounds one description of each pair, their mean as one direction;
-    other classes get 0.
+    them. mode paper: r_k is the mean over the others of the mean cos(z, d) of the descriptions d of
+    k against each; classes that are no candidates get the least r of those that are, so none
+    overtakes. mode released: in each of three rounds one description of each pair, their mean as
+    one direction; other classes get 0.
     """
 
     def __init__(

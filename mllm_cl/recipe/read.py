@@ -11,8 +11,10 @@ from mllm_cl.recipe.errors import RecipeError, dotted, nearest, shown
 DEEPEST = 50  # levels; the time that PyYAML takes grows with their square
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. RecipeError says why it holds none."""
+def read_file(path: Path, keys: str = "model, method, tasks ...") -> dict[str, Any]:
+    """The keys and values of a YAML file. RecipeError says why it holds none, where `keys` were
+    expected.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -24,7 +26,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise RecipeError("", "is not a text file in UTF-8") from None
     tree = parse(text, "")
     if not isinstance(tree, dict):
-        raise RecipeError("", f"found {shown(tree)}, expected keys (model, method, tasks ...)")
+        raise RecipeError("", f"found {shown(tree)}, expected keys ({keys})")
     return tree
 
 

@@ -1,12 +1,17 @@
 """The file that `classes.texts` names: what prompts call each class."""
 
+import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_cl.recipe.errors import RecipeError, nearest, shown
 from mllm_cl.recipe.read import read_file
+
+if TYPE_CHECKING:
+    from mllm_cl.recipe.recipe import Recipe
 
 
 def read_texts(path: str) -> Mapping[str, str]:
@@ -17,7 +22,7 @@ def read_texts(path: str) -> Mapping[str, str]:
     from mllm_cl.data import filled  # which imports torch
 
     try:
-        texts = read_file(Path(filled(path)).expanduser())
+        texts = read_file(Path(filled(path)).expanduser(), "names of classes")
     except RecipeError as error:
         raise RecipeError("classes.texts", f"{path}: {error.problem}") from None
     except ValueError as error:
@@ -29,20 +34,34 @@ def read_texts(path: str) -> Mapping[str, str]:
     return texts
 
 
-def check_texts(path: str, names: Sequence[str], every: Callable[[], Sequence[str]]) -> None:
-    """RecipeError where classes have no text, or texts no class among `every` of the data's.
+def check_texts(recipe: "Recipe", names: Sequence[str]) -> None:
+    """RecipeError where what prompts would call the classes of a recipe is known to be wrong: ids
+    that a method would read, classes without a text, texts of no class of the data.
 
     Classes of one text are warned of: nothing that reads tells them apart.
     """
-    from mllm_cl.data.errors import some  # whose package imports torch
+    from mllm_cl.data.errors import some  # these import torch
+    from mllm_cl.data.labelled import labelled
 
-    texts = read_texts(path)
+    block = recipe.classes
+    if block.texts is None:
+        ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
+        if ids and recipe.method.reads:
+            raise RecipeError(
+                "classes.texts",
+                f"is missing: {recipe.method_name} reads the names of classes, and {some(ids)} are "
+                f"ids of WordNet. Name a YAML file with words for each, such as '{ids[0]}: "
+                "goldfish'",
+            )
+        return
+    path, texts = block.texts, read_texts(block.texts)
     missing = [name for name in names if name not in texts]
     if missing:
         problem = f"{path} has no text for {some(missing)}{nearest(missing[0], texts)}"
         raise RecipeError("classes.texts", problem)
     if len(texts) > len(names):  # it may name more than those that are learnt
-        known = set(every())
+        args = {key: value for key, value in block.args.items() if key != "classes"}
+        known = set(labelled(block.data, "train", 1, **args).names)
         unknown = [name for name in texts if name not in known]
         if unknown:
             raise RecipeError(

@@ -1,6 +1,6 @@
 """Class-incremental learning: images in, one of all the classes that were seen so far out."""
 
-import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,6 @@ from mllm_cl import engine
 from mllm_cl.data import fingerprint
 from mllm_cl.data.captioned import captioned
 from mllm_cl.data.classes import stage_names, stages
-from mllm_cl.data.errors import some
 from mllm_cl.data.labelled import Labelled, labelled
 from mllm_cl.data.pairs import PairCollator
 from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
@@ -52,7 +51,7 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
         pairs = [(train.of(names), test.of(names)) for names in chosen]
     except ValueError as error:
         raise RecipeError("classes.data", str(error)) from None
-    _check_texts(recipe, train.names)
+    check_texts(recipe, train.names)
     try:
         if block.captions is not None:
             captioned(block.captions, "train")
@@ -80,21 +79,6 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
     sequence = TaskSequence(tuple(every[:last]), later=tuple(every[last:]))
     check_descriptions(block, classes_of(sequence, last), recipe.method.describes)
     return sequence
-
-
-def _check_texts(recipe: Recipe, names: tuple[str, ...]) -> None:
-    """RecipeError where what prompts would call the classes is known to be wrong."""
-    block = recipe.classes
-    ids = [name for name in names if re.fullmatch(r"n\d{8}", name)]
-    if block.texts is None and ids and recipe.method.reads:
-        raise RecipeError(
-            "classes.texts",
-            f"is missing: {recipe.method_name} reads the names of classes, and {some(ids)} are ids "
-            f"of WordNet. Name a YAML file with words for each, such as '{ids[0]}: goldfish'",
-        )
-    if block.texts is not None:
-        args = {key: value for key, value in block.args.items() if key != "classes"}
-        check_texts(block.texts, names, lambda: labelled(block.data, "train", 1, **args).names)
 
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:
@@ -218,7 +202,12 @@ def scores(place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]
     """Where images and texts lie in one space, the accuracy by name over all classes of the recipe,
     learnt or not: see `zero_shot`.
     """
+    captions = place.recipe.classes.captions
     if model.reader is None or not model.encoder.joint:
+        if captions is not None:
+            problem = "gives features that texts cannot be compared with"
+            found = f"{place.recipe.method_name} {problem}: nothing is told of {captions}"
+            warnings.warn(f"classes.captions: {found}", stacklevel=2)
         return {}
     sequence, cache = place.sequence, _cache(place, model)
     sets = (
@@ -227,7 +216,7 @@ def scores(place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]
     )
     known = len(classes_of(sequence, place.stage))
     found = zero_shot(model, classes_of(sequence), known, sets)
-    if place.recipe.classes.captions is not None:
+    if captions is not None:
         found["alignment"] = _alignment(place, model, cache)
     return {ZERO_SHOT_SCORES: found}
 

@@ -42,8 +42,8 @@ class ENGINE(Expanding):
     of each against the others (4.2), with weight `rerank`: 0.5 is the paper's sum of both. Most
     of the released code's answer, which the paper does not tell of, is a Gaussian discriminant on
     features before the projection (`model.discriminant`), with weight `stat`: 0 is the paper alone.
-    Classes share most of what it says, and it has length 1: its differences are small, and even at
-    0.8 the rest decides most answers.
+    It has length 1 over all classes, so that its differences are smaller the more there are: 0.8
+    says less than it seems.
 
     mode released differs: L_t and L_i are contrasts within the batch at temperature 1, as is L_c
     with the logarithm of the scale, all with negatives of the own class; A is noise on pixels;
