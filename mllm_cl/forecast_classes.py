@@ -17,6 +17,7 @@ from mllm_cl.memory import Memory
 from mllm_cl.model import anatomy
 from mllm_cl.model.encoder import empty_encoder
 from mllm_cl.model.encoding import Encoding
+from mllm_cl.model.heads import Head
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.settings import opened, setting_of
 from mllm_cl.task import Task
@@ -62,7 +63,8 @@ def forecast_classes(recipe: Recipe, launch: Launch) -> ClassForecast:
         recipe.method.before_task(model, sequence[0], Memory())
     except ValueError as error:
         raise RecipeError("method", str(error)) from error
-    if not model.head.number:  # it learns of the stage's classes as late as after the task
+    # Some learn of the stage's classes as late as after the task.
+    if isinstance(model.head, Head) and not model.head.number:
         model.head.grow(len(sequence[0].labels))
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     sets = [one for task in sequence for one in (task.train, task.eval)]

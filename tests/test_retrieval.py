@@ -21,6 +21,8 @@ from mllm_cl.data.errors import DataError
 from mllm_cl.data.pairs import PairCollator
 from mllm_cl.data.pixels import preset
 from mllm_cl.data.words import assigned, forms
+from mllm_cl.forecast import Launch
+from mllm_cl.forecast_classes import forecast_classes
 from mllm_cl.method import names
 from mllm_cl.methods.retrieval.memo import MEMO
 from mllm_cl.metrics.recall import recalls, summary
@@ -556,6 +558,15 @@ def test_it_is_looked_at_before_it_runs(clip, tmp_path, capsys):
     cli.main(["doctor", str(path)])
     assert "3 stages, 36 pictures to train, 15 to test" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", names("retrieval"))
+def test_no_more_is_kept_than_a_dry_run_says(method, clip, tmp_path):
+    one = recipe(tmp_path / "run", clip, method, stages=2)
+    said = forecast_classes(one, Launch()).kept_bytes
+    run(one)
+    kept = json.loads((tmp_path / "run/task_2/manifest.json").read_text())["memory_bytes"]
+    assert kept <= said <= kept + 64
 
 
 @pytest.mark.engines
