@@ -14,6 +14,8 @@ def test_a_launch_that_fails_tells_its_own_reason_and_the_next_one_starts(engine
         said = launch(engine, "run_script.py", missing, returns=code)
         assert f"{number}.yaml" in said and "no such recipe" in said
         assert f"{1 - number}.yaml" not in said
-    with pytest.raises(AssertionError, match=f"{engine} ended with {code}:[^$]*no such recipe"):
+    with pytest.raises(AssertionError) as caught:
         launch(engine, "run_script.py", missing)
+    told = str(caught.value)
+    assert told.startswith(f"{engine} ended with {code}:") and "no such recipe" in told
     launch(engine, "run_script.py", "--help")
