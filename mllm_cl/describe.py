@@ -189,8 +189,7 @@ def recipe_words(path: str) -> tuple[Recipe, str | None, dict[str, str]]:
         raise RecipeError("classes", "is missing: there are no classes to describe", path)
     block = recipe.classes
     names = labelled(block.data, "train", 1, number=block.number, **block.args).names
-    texts = {} if block.texts is None else read_texts(block.texts)
-    return recipe, named, called_by(names, texts)
+    return recipe, named, called_by(names, read_texts(block.texts))
 
 
 def output_file(path: str, named: str | None, output: str | None) -> Path:

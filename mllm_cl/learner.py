@@ -229,6 +229,17 @@ class Expanding(ClassMethod):
             stacklevel=4,
         )
 
+    def expand(self, model: Classifier, task: Task) -> None:
+        """The head gets weights for every task so far and places for all their classes; the newest
+        weights train, and those that fade.
+        """
+        head = model.head
+        for _ in range(task.index):
+            head.expand()
+        head.hold(len(task.earlier), len(task.labels))
+        head.names = (*task.earlier, *task.labels)
+        only_train(model, [*head.newest(), *head.fading()] if task.index else [])
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedLearner(LinearLearner):

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from mllm_cl.metrics.pairs import Metric
 
 Sample = dict[str, object]
-Found = TypeVar("Found")
+Asked, Found = TypeVar("Asked"), TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class TaskSequence:
         replaced = {task.supersedes for task in self.tasks[:index]}
         return tuple(task for task in self.tasks[: index - 1] if task.name not in replaced)
 
-    def once(self, find: Callable[[Sequence[Sample]], Found], samples: Sequence[Sample]) -> Found:
-        """find(samples), found out once for each set of a run, however many stages ask."""
-        key = find, id(samples)
+    def once(self, find: Callable[[Asked], Found], asked: Asked) -> Found:
+        """find(asked), as of a set of samples, found out once in a run, however many stages ask."""
+        key = find, id(asked)
         if key not in self._found:
-            self._found[key] = find(samples), samples  # held, or another set could get its id
+            self._found[key] = find(asked), asked  # held, or another one could get its id
         return self._found[key][0]
 
     def __iter__(self) -> Iterator[Task]:

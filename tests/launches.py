@@ -55,21 +55,17 @@ def launch(
     environment = {**os.environ, **own}
     replaces = engine.startswith("zero3") and script == "run_script.py"
     start = _start if fresh or words or replaces else _fork
-    code, said = start(engine, script, arguments, words, environment)
+    launcher = [*LAUNCHES[engine][0], *words]
+    code, said = start(launcher, script, arguments, environment)
     assert code == returns, f"{engine} ended with {code}:\n{said[-9000:]}"
     return said
 
 
 def _start(
-    engine: str,
-    script: str,
-    arguments: Sequence[str],
-    words: Sequence[str],
-    environment: dict[str, str],
+    launcher: list[str], script: str, arguments: Sequence[str], environment: dict[str, str]
 ) -> tuple[int, str]:
-    own, _ = LAUNCHES[engine]
     done = subprocess.run(
-        [sys.executable, *own, *words, str(HERE / script), *arguments],
+        [sys.executable, *launcher, str(HERE / script), *arguments],
         env=environment,
         stderr=subprocess.PIPE,  # what they print besides is shown where the test fails
         text=True,
@@ -80,18 +76,14 @@ def _start(
 
 
 def _fork(
-    engine: str,
-    script: str,
-    arguments: Sequence[str],
-    words: Sequence[str],
-    environment: dict[str, str],
+    launcher: list[str], script: str, arguments: Sequence[str], environment: dict[str, str]
 ) -> tuple[int, str]:
     parent, numbers = _parent()
-    own, number = LAUNCHES[engine][0], next(numbers)
+    number = next(numbers)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
         asked = {
             "number": number,
-            "launcher": own,
+            "launcher": launcher,
             "script": script,
             "arguments": list(arguments),
             "environment": environment,

@@ -13,7 +13,8 @@ from mllm_cl.model.encoder import load_encoder
 from mllm_cl.model.texts import in_words
 from mllm_cl.recipe import RecipeError
 from mllm_cl.recipe.texts import read_texts
-from mllm_cl.settings.class_incremental import classifier, tasks_of
+from mllm_cl.settings import opened
+from mllm_cl.settings.class_incremental import tasks_of
 from own_data import png
 from test_class_incremental import answers, recipe
 
@@ -71,7 +72,7 @@ def test_prompts_call_a_class_as_the_file_says(clip, data, tmp_path):
     path = tmp_path / "texts.json"
     path.write_text(json.dumps(called))
     one = of_ids(tmp_path, clip, data, texts=str(path), templates=["one {}"])
-    model, _ = classifier(one, load_encoder)
+    model, _ = opened(one, load_encoder)
     assert model.reader.prompts(IDS[:2]) == ["one a_b", "one blue cross"]
 
 

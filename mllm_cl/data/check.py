@@ -57,8 +57,13 @@ def check(recipe, processor, file: TextIO | None = None) -> int:
     console.print("\nbetween tasks", style="bold")
     for words in _between(looked):
         console.print(Text(words))
-    verdict = "A run would start on these data." if not problems else "A run would stop at these:"
-    console.print(Text(f"\n{verdict}", style="bold"))
+    return verdict(console, problems)
+
+
+def verdict(console: Console, problems: Sequence[str]) -> int:
+    """Print whether a run would start, and what is in its way; 0 if it would, else 2."""
+    told = "A run would start on these data." if not problems else "A run would stop at these:"
+    console.print(Text(f"\n{told}", style="bold"))
     for problem in problems:
         console.print(Text(f"  {problem}", style="red"))
     return 2 if problems else 0

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mllm_cl.data.captioned import Captioned
+from mllm_cl.data.check import verdict
 from mllm_cl.data.check_classes import Opened, open_all, sizes_of, unreadable
 from mllm_cl.data.errors import some
 
@@ -32,11 +33,7 @@ def check_captions(recipe, file: TextIO | None = None) -> int:
             console.print(words if isinstance(words, Text) else Text(words))
         bad = sum(len(one.bad) for one in opened.values())
         problems += [f"{bad} pictures cannot be read; mend or remove them"] if bad else []
-    verdict = "A run would start on these data." if not problems else "A run would stop at these:"
-    console.print(Text(f"\n{verdict}", style="bold"))
-    for problem in problems:
-        console.print(Text(f"  {problem}", style="red"))
-    return 2 if problems else 0
+    return verdict(console, problems)
 
 
 def _about(opened: dict[str, Opened]) -> Iterator[str | Text]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mllm_cl.data.captioned import Captioned
+from mllm_cl.data.check import verdict
 from mllm_cl.data.classes import stage_names, stages
 from mllm_cl.data.errors import DataError, some
 from mllm_cl.data.labelled import Labelled, labelled
@@ -59,11 +60,7 @@ def check_classes(recipe, file: TextIO | None = None) -> int:
             console.print(words if isinstance(words, Text) else Text(words))
         problems += _in_the_way(opened, plan)
         problems += _not_said(recipe, sets["train"].names, plan)
-    verdict = "A run would start on these data." if not problems else "A run would stop at these:"
-    console.print(Text(f"\n{verdict}", style="bold"))
-    for problem in problems:
-        console.print(Text(f"  {problem}", style="red"))
-    return 2 if problems else 0
+    return verdict(console, problems)
 
 
 def _sets(block) -> dict[str, Labelled]:

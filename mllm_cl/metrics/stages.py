@@ -11,9 +11,8 @@ from typing import Any
 from mllm_cl.metrics.scores import ZERO_SHOT, Matrix, matrix
 
 COUNTS = "counts"  # of a row: how many images each score is of
-ZERO_SHOT_SCORES = (
-    "zero_shot"  # of a row: seen, unseen, harmonic_mean of answers by name; alignment
-)
+# Of a row: seen, unseen and harmonic_mean of answers by name, and alignment.
+ZERO_SHOT_SCORES = "zero_shot"
 
 
 def stage_accuracies(scores: Matrix, counts: Sequence[int]) -> list[float]:

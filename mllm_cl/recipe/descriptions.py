@@ -46,7 +46,7 @@ def descriptions_of(block: ClassesBlock, names: Sequence[str]) -> Descriptions:
         raise
     except ValueError as error:
         raise RecipeError(KEY, str(error)) from None
-    words = called_by(names, {} if block.texts is None else read_texts(block.texts))
+    words = called_by(names, read_texts(block.texts))
     # One class may be called by the name of another, which is that one's key.
     return found.renamed({text: name for name, text in words.items() if text not in words})
 

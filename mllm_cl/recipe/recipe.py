@@ -135,9 +135,14 @@ class Recipe:
         return {"tasks": [dataclasses.asdict(task) for task in self.tasks]}
 
     @property
+    def stream(self) -> ClassesBlock | RetrievalBlock | None:
+        """What stands in the place of `tasks`."""
+        return next((vars(self)[key] for key in STREAMS if vars(self)[key] is not None), None)
+
+    @property
     def of_images(self) -> bool:
         """Whether an image encoder learns, from one of `STREAMS`."""
-        return any(vars(self)[key] is not None for key in STREAMS)
+        return self.stream is not None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the resolved recipe as YAML, whole or not at all."""

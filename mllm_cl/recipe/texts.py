@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from mllm_cl.recipe.recipe import Recipe
 
 
-def read_texts(path: str) -> Mapping[str, str]:
-    """Class name -> text, from a YAML or JSON file; `${NAME}` in its path is filled in.
+def read_texts(path: str | None) -> Mapping[str, str]:
+    """Class name -> text, from a YAML or JSON file, none without one; `${NAME}` in its path is
+    filled in.
 
     RecipeError for a file that is not there or holds anything else.
     """
     from mllm_cl.data import filled  # which imports torch
 
+    if path is None:
+        return {}
     try:
         texts = read_file(Path(filled(path)).expanduser(), "names of classes")
     except RecipeError as error:

@@ -5,21 +5,26 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mllm_cl import record
-from mllm_cl.data.pixels import Preset
+from mllm_cl import engine, record
+from mllm_cl.data import fingerprint
+from mllm_cl.data.pixels import SIDE, Preset, preset
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
+from mllm_cl.features import FeatureCache
 from mllm_cl.method import Batches
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.layers import State
-from mllm_cl.recipe import ModelBlock, Recipe
+from mllm_cl.model.load import location
+from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
 from mllm_cl.task import Sample, TaskSequence
 
 Collator = Callable[[Sequence[Sample]], dict[str, Tensor]]
@@ -46,6 +51,21 @@ class Place:
         run = Path(self.recipe.output_dir)
         return [record.stage_folder(run, stage) for stage in range(self.stage)]
 
+    def features(self, model: Encoding, collate: Collator) -> FeatureCache:
+        """What the encoder makes of samples as `collate` shows them, kept in the run's folder."""
+        recipe = self.recipe
+        precision = {key: recipe.training.get(key) for key in ("bf16", "fp16")}
+        how = (self.collator.preset.key, precision, engine.launched_precision())
+        return FeatureCache(
+            Path(recipe.output_dir) / "features",
+            model,
+            collate,
+            f"{how} {recipe.model.attn_implementation}",
+            batch_size=recipe.eval.batch_size,
+            quiet=self.quiet,
+            printed=partial(self.sequence.once, fingerprint),
+        )
+
 
 class Setting(Protocol):
     """What the module of a setting offers."""
@@ -55,6 +75,9 @@ class Setting(Protocol):
 
     def load(self, recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, Collator]:
         """The incoming model, and what makes its batches. RecipeError."""
+
+    def around(self, recipe: Recipe) -> Callable[[Encoder], Encoding]:
+        """Of a setting of images: what puts its model around an encoder. RecipeError."""
 
     def callbacks(self, collator: Collator) -> list[TrainerCallback]:
         """What the Trainer tells of its progress."""
@@ -92,11 +115,18 @@ class Setting(Protocol):
 
 def opened(recipe: Recipe, encoder_of: Callable[[ModelBlock], Encoder]) -> tuple[Encoding, Preset]:
     """The model of a recipe of images around an encoder as `encoder_of` opens it, before a method
-    has changed it, and how its pictures are prepared. RecipeError.
+    has changed it, and how its pictures are prepared. RecipeError for settings that do not fit it.
     """
-    setting = setting_of(recipe)
-    how = setting.classifier if recipe.classes is not None else setting.matcher
-    return how(recipe, encoder_of)
+    around = setting_of(recipe).around(recipe)
+    try:
+        encoder = encoder_of(recipe.model)
+        where = location(recipe.model.model_name_or_path)
+        pixels = preset(recipe.stream.preprocessing, where)
+    except ValueError as error:
+        raise RecipeError("model", str(error)) from error
+    model = around(encoder)
+    model.picture_bytes = pixels.test(Image.new("RGB", (SIDE, SIDE))).numel()
+    return model, pixels
 
 
 def setting_of(recipe: Recipe) -> Setting:

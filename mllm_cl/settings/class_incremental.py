@@ -4,21 +4,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mllm_cl import engine
-from mllm_cl.data import fingerprint
-from mllm_cl.data.captioned import captioned
+from mllm_cl.data.captioned import Captioned, captioned
 from mllm_cl.data.classes import stage_names, stages
 from mllm_cl.data.labelled import Labelled, labelled
 from mllm_cl.data.pairs import PairCollator
-from mllm_cl.data.pixels import SIDE, Epochs, PixelCollator, Preset, preset
+from mllm_cl.data.pixels import Epochs, PixelCollator
 from mllm_cl.data.views import VIEWS
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
@@ -29,13 +25,12 @@ from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.encoder import Encoder, load_encoder
 from mllm_cl.model.heads import Prototype
 from mllm_cl.model.layers import State
-from mllm_cl.model.load import location
 from mllm_cl.model.texts import Reader, load_reader, reads
 from mllm_cl.model.watch import evaluating
-from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
+from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.recipe.descriptions import check_descriptions, descriptions_of
 from mllm_cl.recipe.texts import check_texts, read_texts
-from mllm_cl.settings import Collator, Place
+from mllm_cl.settings import Collator, Place, opened
 from mllm_cl.task import Sample, Task, TaskSequence
 from mllm_cl.zero_shot import alignment, zero_shot
 
@@ -54,7 +49,7 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
     check_texts(recipe, train.names)
     try:
         if block.captions is not None:
-            captioned(block.captions, "train")
+            _captioned(block.captions)
     except ValueError as error:
         raise RecipeError("classes.captions", str(error)) from None
     for names, (_, tested) in zip(chosen, pairs, strict=True):
@@ -83,7 +78,7 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:
     """The backbone without a head, and the collator of what trains."""
-    model, pixels = classifier(recipe, load_encoder)
+    model, pixels = opened(recipe, load_encoder)
     if recipe.method.describes:
         model.descriptions = descriptions_of(recipe.classes, classes_of(sequence))
     view = VIEWS[recipe.method.view] if recipe.method.view else None
@@ -91,23 +86,12 @@ def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollat
     return model, PixelCollator(pixels, order, training=True, seed=recipe.seed, view=view)
 
 
-def classifier(
-    recipe: Recipe, encoder_of: Callable[[ModelBlock], Encoder]
-) -> tuple[Classifier, Preset]:
-    """The backbone, as `encoder_of` opens it, without a head, and how its pictures are prepared.
-
-    RecipeError for settings that do not fit the model.
+def around(recipe: Recipe) -> Callable[[Encoder], Classifier]:
+    """A classifier without a head, with what reads class names. RecipeError where the method needs
+    a reader and there is none.
     """
     reader = _reader(recipe)
-    try:
-        encoder = encoder_of(recipe.model)
-        where = location(recipe.model.model_name_or_path)
-        pixels = preset(recipe.classes.preprocessing, where)
-    except ValueError as error:
-        raise RecipeError("model", str(error)) from error
-    model = Classifier(encoder, Prototype(encoder.width), reader=reader)
-    model.picture_bytes = pixels.test(Image.new("RGB", (SIDE, SIDE))).numel()
-    return model, pixels
+    return lambda encoder: Classifier(encoder, Prototype(encoder.width), reader=reader)
 
 
 def _reader(recipe: Recipe) -> Reader | None:
@@ -117,8 +101,7 @@ def _reader(recipe: Recipe) -> Reader | None:
     """
     try:
         if reads(recipe.model):
-            path = recipe.classes.texts
-            texts = {} if path is None else read_texts(path)
+            texts = read_texts(recipe.classes.texts)
             return load_reader(recipe.model, recipe.classes.prompts(), texts)
         problem = "the model has no text tower"
     except RecipeError:
@@ -221,11 +204,15 @@ def scores(place: Place, model: nn.Module, given: Mapping[str, Sequence[Answer]]
     return {ZERO_SHOT_SCORES: found}
 
 
+def _captioned(data: str) -> Captioned:
+    return captioned(data, "train")
+
+
 def _alignment(place: Place, model: Classifier, cache: FeatureCache) -> float:
     """Of every caption with its image; texts are read as class names are by a method that puts
     learnt words before them, else as they are.
     """
-    pairs = captioned(place.recipe.classes.captions, "train")
+    pairs = place.sequence.once(_captioned, place.recipe.classes.captions)
     said = [caption for captions in pairs.captions for caption in captions]
     reader = model.reader
     own = reader.templates == place.recipe.classes.prompts()
@@ -249,18 +236,7 @@ def _labels(place: Place, samples: Labelled) -> Tensor:
 
 
 def _cache(place: Place, model: nn.Module) -> FeatureCache:
-    recipe = place.recipe
-    precision = {key: recipe.training.get(key) for key in ("bf16", "fp16")}
-    how = (place.collator.preset.key, precision, engine.launched_precision())
-    return FeatureCache(
-        Path(recipe.output_dir) / "features",
-        model,
-        replace(place.collator, training=False),
-        f"{how} {recipe.model.attn_implementation}",
-        batch_size=recipe.eval.batch_size,
-        quiet=place.quiet,
-        printed=partial(place.sequence.once, fingerprint),
-    )
+    return place.features(model, replace(place.collator, training=False))
 
 
 def _answered(

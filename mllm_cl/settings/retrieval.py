@@ -4,36 +4,33 @@ the other among all tasks so far.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mllm_cl import checkpoint, engine
-from mllm_cl.data import fingerprint
 from mllm_cl.data.captioned import Captioned, captioned, cut
 from mllm_cl.data.pairs import PairCollator, Texts, labels
-from mllm_cl.data.pixels import SIDE, Epochs, Preset, preset
+from mllm_cl.data.pixels import Epochs
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
-from mllm_cl.features import Encodable, Encodes, FeatureCache
+from mllm_cl.features import Encodable, Encodes
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.recall import RECALL, RECALL_BY_TASK, recalls
 from mllm_cl.model.encoder import Encoder, load_encoder
 from mllm_cl.model.layers import State
-from mllm_cl.model.load import location
 from mllm_cl.model.meeting import Matcher, Meeting
 from mllm_cl.model.texts import Reader, load_reader, reads
 from mllm_cl.model.watch import evaluating
 from mllm_cl.ranking import ranks
-from mllm_cl.recipe import ModelBlock, Recipe, RecipeError
-from mllm_cl.settings import Collator, Place
+from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.settings import Collator, Place, opened
 from mllm_cl.task import Sample, Task, TaskSequence
 
 
@@ -81,23 +78,16 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PairCollator]:
     """Both towers with a head that compares what they give, and the collator of what trains."""
-    model, pixels = matcher(recipe, load_encoder)
+    model, pixels = opened(recipe, load_encoder)
     return model, PairCollator(pixels, reader(recipe).tokens, recipe.seed)
 
 
-def matcher(recipe: Recipe, encoder_of: Callable[[ModelBlock], Encoder]) -> tuple[Matcher, Preset]:
-    """Both towers, as `encoder_of` opens them, and how pictures are prepared. RecipeError for
-    settings that do not fit the model.
-    """
+def around(recipe: Recipe) -> Callable[[Encoder], Matcher]:
+    """Both towers with a head that compares what they give. RecipeError for one tower alone."""
     reader(recipe)
-    try:
-        encoder = encoder_of(recipe.model)
-        pixels = preset(recipe.retrieval.preprocessing, location(recipe.model.model_name_or_path))
-    except ValueError as error:
-        raise RecipeError("model", str(error)) from error
-    model = Matcher(encoder, Meeting(encoder.width, log_scale=encoder.backbone.logit_scale))
-    model.picture_bytes = pixels.test(Image.new("RGB", (SIDE, SIDE))).numel()
-    return model, pixels
+    return lambda encoder: Matcher(
+        encoder, Meeting(encoder.width, log_scale=encoder.backbone.logit_scale)
+    )
 
 
 def reader(recipe: Recipe) -> Reader:
@@ -245,21 +235,11 @@ def _features(place: Place, model: Matcher, samples: Captioned, name: str) -> tu
     """What the encoder makes of the images (N, D) and of all their captions (M, D), in their order;
     texts that are the same are read once. Collective.
     """
-    recipe, collator = place.recipe, place.collator
-    precision = {key: recipe.training.get(key) for key in ("bf16", "fp16")}
-    how = f"{precision} {engine.launched_precision()} {recipe.model.attn_implementation}"
-    cache = FeatureCache(
-        Path(recipe.output_dir) / "features",
-        model,
-        collator.image,
-        f"{collator.preset.key} {how}",
-        batch_size=recipe.eval.batch_size,
-        quiet=place.quiet,
-        printed=partial(place.sequence.once, fingerprint),
-    )
+    collator = place.collator
+    cache = place.features(model, collator.image)
     said = [caption for captions in samples.captions for caption in captions]
     texts = {text: row for row, text in enumerate(dict.fromkeys(said))}
-    words = replace(cache, collate=collator.text, how=how, printed=_printed, reading=True)
+    words = replace(cache, collate=collator.text, printed=_printed, reading=True)
     text_TD = words.of(Texts(list(texts)), f"{name}-texts")
     return cache.of(samples, name), text_TD[[texts[caption] for caption in said]]
 

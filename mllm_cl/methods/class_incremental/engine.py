@@ -21,7 +21,6 @@ from mllm_cl.model.discriminant import Discriminant
 from mllm_cl.model.heads import class_sums
 from mllm_cl.model.injection import Injection, Rules
 from mllm_cl.model.moe_lora import seeded
-from mllm_cl.model.surgery import only_train
 from mllm_cl.task import Task
 
 ROUNDS = 3  # of one description of each pair, in the released code
@@ -111,12 +110,7 @@ class ENGINE(Expanding):
             ),
             seed=self.seed,
         )
-        for _ in range(task.index):
-            model.head.expand()
-        model.head.hold(len(task.earlier), len(task.labels))
-        model.head.names = (*task.earlier, *task.labels)
-        trained = [*model.head.newest(), *model.head.fading()] if task.index else []
-        only_train(model, trained)
+        self.expand(model, task)
 
     def before_step(self, model: Classifier, memory: Memory, done: float) -> None:
         """What a step draws depends on the step alone."""

@@ -19,7 +19,6 @@ from mllm_cl.method import Batches, Reduce
 from mllm_cl.model.classifier import Classifier
 from mllm_cl.model.fusion import Fusion
 from mllm_cl.model.heads import class_sums
-from mllm_cl.model.surgery import only_train
 from mllm_cl.task import Task
 
 
@@ -78,12 +77,7 @@ class Proof(Expanding, OptionalRehearsal):
             fades=self.emulate_legacy_decay,
             seed=self.seed,
         )
-        for _ in range(task.index):
-            model.head.expand()
-        model.head.hold(len(task.earlier), len(task.labels))
-        model.head.names = (*task.earlier, *task.labels)
-        trained = [*model.head.newest(), *model.head.fading()] if task.index else []
-        only_train(model, trained)
+        self.expand(model, task)
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """The means and the exemplars."""
