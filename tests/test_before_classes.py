@@ -216,6 +216,17 @@ def test_classes_without_a_test_picture_are_told_and_a_stage_without_one_is_in_t
     assert checked(capsys, one, tmp_path)[0] == 0
 
 
+def test_everything_else_that_would_stop_a_run_is_told_at_once(vit, tmp_path, capsys):
+    settings = {"number": 3, "captions": str(tmp_path / "none"), "texts": str(tmp_path / "no.yaml")}
+    (tmp_path / "none").mkdir()
+    (tmp_path / "no.yaml").write_text("- a list")
+    one = recipe(tmp_path / "run", vit, "finetune", **settings)
+    code, told = checked(capsys, one, tmp_path)
+    assert code == 2
+    for words in ("alone in its stage", "classes.captions: ", "classes.texts: "):
+        assert words in told
+
+
 def test_data_that_are_not_there_are_one_line(vit, tmp_path, capsys):
     code, told = checked(capsys, recipe(tmp_path, vit, data="toy:none"), tmp_path)
     assert code == 2 and "stop at these: there is no toy:none of labelled pictures" in told

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from class_cells import assert_alike, run_together
 from encoders import BLOCKS, TRANSFORMERS, WIDTH, backbone, pictures, vit_b16
 from mllm_cl import Memory, Recipe, load_method, run
 from mllm_cl.model.centroids import Finder, centroids
@@ -303,11 +302,3 @@ def test_earlier_prompts_and_centroids_stay_to_the_bit_and_the_neck_is_thrown_aw
         for name in ("cpp/key", "cpp/value", "cpp/class", "cpp/task", "cpp/variance"):
             assert torch.equal(after[name][: len(before[name])], before[name])
             assert len(after[name]) > len(before[name])
-
-
-@pytest.mark.engines
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
-def test_two_processes_train_and_answer_as_one_does(engine, vit, alone, tmp_path):
-    found = run_together(engine, contrasted(tmp_path / "run", vit), tmp_path)
-    assert_alike(engine, found, alone, "state", "memory", atol=1e-4, rtol=1e-4)

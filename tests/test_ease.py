@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from class_cells import assert_alike, run_together
 from encoders import TRANSFORMERS, backbone, pictures, vit_b16
 from mllm_cl import Recipe, run
 from mllm_cl.data.labelled import labelled
@@ -257,11 +256,3 @@ def test_a_deleted_stage_comes_back_to_the_same_bytes(alone, vit, tmp_path):
     for name in ("memory.safetensors", "state.safetensors", "scores.json"):
         assert (folder / "task_3" / name).read_bytes() == (alone / "task_3" / name).read_bytes()
     assert answers(folder, 3) == answers(alone, 3)
-
-
-@pytest.mark.engines
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
-def test_two_processes_train_and_answer_as_one_does(engine, alone, vit, tmp_path):
-    found = run_together(engine, ease(tmp_path / "run", vit), tmp_path)
-    assert_alike(engine, found, alone, "state", "memory", atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from class_cells import assert_alike, run_together
+from class_cells import assert_alike
 from encoders import TRANSFORMERS, backbone, pictures, vit_b16
 from launches import launch
 from mllm_cl import Memory, Recipe, continual, learning, load_method, run
@@ -351,14 +351,6 @@ def test_a_step_is_one_however_it_is_cut(vit, alone, tmp_path):
                            for folder in (tmp_path, alone))  # fmt: skip
         for at in expected:
             torch.testing.assert_close(found[at], expected[at], atol=1e-5, rtol=1e-4, msg=at)
-
-
-@pytest.mark.engines
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
-def test_two_processes_train_and_answer_as_one_does(engine, vit, alone, tmp_path):
-    found = run_together(engine, sided_run(tmp_path / "run", vit), tmp_path)
-    assert_alike(engine, found, alone, "state", "memory", atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.engines

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from class_cells import assert_alike, run_together
 from encoders import BLOCKS, SIDE, TRANSFORMERS, WIDTH, backbone, pictures, vit_b16
 from mllm_cl import Memory, Recipe, load_method, run
 from mllm_cl.data.labelled import labelled
@@ -463,21 +462,3 @@ def test_the_answers_of_a_run_are_those_of_its_weights_to_one_picture_at_a_time(
             for one in test
         ]
         assert said == given[f"{first + 1}-{first + 2}"]
-
-
-@pytest.mark.engines
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("name", "engine"),
-    [
-        ("l2p", "ddp"),
-        ("dual_prompt", "ddp"),
-        ("dual_prompt", "zero2"),
-        ("dual_prompt", "fsdp2"),
-        ("coda_prompt", "ddp"),
-        ("coda_prompt", "fsdp2"),
-    ],
-)
-def test_two_processes_train_and_answer_as_one_does(name, engine, vit, runs, tmp_path):
-    found = run_together(engine, prompted(tmp_path / "run", vit, name), tmp_path)
-    assert_alike(engine, found, runs(name), "state", atol=1e-5, rtol=1e-4)

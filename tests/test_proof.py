@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from class_cells import assert_alike, run_together
 from clip import reading_folder
 from encoders import backbone
 from mllm_cl import Recipe, run
@@ -324,19 +323,6 @@ def test_names_of_classes_to_come_are_told_from_those_learnt(alone):
     rows = json.loads((alone / "scores.json").read_text())["rows"]
     assert [row["zero_shot"]["seen"] is None for row in rows] == [True, False, False, False]
     assert [row["zero_shot"]["unseen"] is None for row in rows] == [False, False, False, True]
-
-
-@pytest.mark.engines
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_learn_and_answer_as_one_does(engine, clip, tmp_path):
-    """On cached features: the encoders are asked before training alone."""
-    tree = proof(tmp_path / "alone", clip).resolved()
-    tree["classes"] |= {"preprocessing": "clip", "stages": 2}
-    run(Recipe.from_tree(tree, "recipe.yaml"))
-    found = run_together(engine, Recipe.from_tree(tree, "recipe.yaml"), tmp_path)
-    close = {"stages": (1, 2), "atol": 1e-5, "rtol": 0}
-    assert_alike(engine, found, tmp_path / "alone", "state", **close)
 
 
 def test_a_model_of_its_own_is_asked_for_names_by_the_same_door():

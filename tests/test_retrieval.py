@@ -27,7 +27,8 @@ from mllm_cl.method import names
 from mllm_cl.methods.retrieval.memo import MEMO
 from mllm_cl.metrics.recall import recalls, summary
 from mllm_cl.model.encoder import Encoder
-from mllm_cl.model.meeting import Fused, SideBySide, pair_losses
+from mllm_cl.model.meeting import Fused, SideBySide
+from mllm_cl.model.pairs import pair_losses
 from mllm_cl.model.tails import attach_towers, own_weights
 from mllm_cl.ranking import ranks
 from mllm_cl.recipe import RecipeError

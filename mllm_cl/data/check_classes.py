@@ -59,7 +59,7 @@ def check_classes(recipe, file: TextIO | None = None) -> int:
         for words in _about(opened, plan):
             console.print(words if isinstance(words, Text) else Text(words))
         problems += _in_the_way(opened, plan)
-        problems += _not_said(recipe, sets["train"].names, plan)
+        problems += _not_fit(recipe, sets["train"].names, plan)
     return verdict(console, problems)
 
 
@@ -169,16 +169,24 @@ def _in_the_way(
             yield f"stage {name} has no picture to test with"
 
 
-def _not_said(
+def _not_fit(
     recipe, names: Sequence[str], plan: Sequence[tuple[str, tuple[str, ...]]]
 ) -> Iterator[str]:
-    """What prompts and the method need to be told of classes and are not."""
+    """What else prompts, the method and the scores need of classes and do not get."""
     from mllm_cl.recipe.descriptions import check_descriptions
     from mllm_cl.recipe.texts import check_texts
+    from mllm_cl.settings.class_incremental import check_company, check_scored
 
-    planned = [name for _, classes in plan for name in classes]
-    try:
-        check_texts(recipe, names)
-        check_descriptions(recipe.classes, planned, recipe.method.describes)
-    except ValueError as error:
-        yield str(error)
+    chosen = [classes for _, classes in plan]
+    planned = [name for classes in chosen for name in classes]
+    checks = (
+        lambda: check_texts(recipe, names),
+        lambda: check_descriptions(recipe.classes, planned, recipe.method.describes),
+        lambda: check_scored(recipe.classes),
+        lambda: check_company(recipe, chosen),
+    )
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
+from mllm_cl.model.pairs import pair_losses
 from mllm_cl.model.units import merged, still, unit
 
 CHUNK = 64  # images that are answered at once: the batch of the released code
@@ -191,7 +192,7 @@ class Fusion(Projecting, Head):
         if self.paper:
             direct_BC = self.scale * unit_BD @ name_CD.T
             return sum(found, functional.cross_entropy(direct_BC, labels_B, reduction="none"))
-        return sum(found, contrast(self.scale * unit_BD @ name_CD[labels_B].T))
+        return sum(found, pair_losses(unit_BD, name_CD[labels_B], None, self.scale))
 
     def logits(self, features_BD: Tensor) -> Tensor:
         """The answer by all prompts of each class."""
@@ -229,15 +230,3 @@ class Fusion(Projecting, Head):
             self.scale * (functional.normalize(part_BCD, dim=-1) @ own_BD[:, :, None])[..., 0]
             for part_BCD in parts
         ]
-
-
-def contrast(logits_BB: Tensor, labels_B: Tensor | None = None) -> Tensor:
-    """CLIP's loss of each image (B,): the mean of both ways from it to its text, with all others of
-    the batch as negatives; with labels not those of its own class.
-    """
-    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    if labels_B is not None:
-        same_BB = (labels_B[:, None] == labels_B) & (own_B[:, None] != own_B)
-        logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
-    ways = logits_BB, logits_BB.T
-    return sum(functional.cross_entropy(one, own_B, reduction="none") for one in ways) / 2

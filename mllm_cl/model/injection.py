@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from mllm_cl import engine
 from mllm_cl.model.discriminant import Discriminant
-from mllm_cl.model.fusion import contrast
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
+from mllm_cl.model.pairs import contrast
 from mllm_cl.model.units import injected, unit
 
 CHUNK = 64  # pictures whose candidates' descriptions are in memory at once: ours

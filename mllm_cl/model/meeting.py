@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
-from mllm_cl import engine
 from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.fusion import Projecting
+from mllm_cl.model.pairs import pair_losses
 
 Terms = tuple[Tensor, ...]  # of each image or text: rows of length 1
 
@@ -106,23 +106,6 @@ class Fused(Projecting, Meeting):
         context_LD = torch.cat(list(self.context)).to(unit_BD.dtype)
         fused_BD, _ = self.attention(unit_BD, context_LD, 0)
         return unit_BD, functional.normalize(fused_BD, dim=-1)
-
-
-def pair_losses(image_BE: Tensor, text_BE: Tensor, label_B: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss of each pair (B,): the mean of both cross entropies, from its image to the texts
-    and from its text to the images of all processes.
-
-    Pairs of one label, captions of one image, are no negatives of one another. As many pairs come
-    from each process; gradients find their way back, so that cutting a batch changes nothing. The
-    next micro-batch of a step is another batch. Collective.
-    """
-    first_B = engine.rank() * len(label_B) + torch.arange(len(label_B), device=label_B.device)
-    label_N = engine.gathered(label_B)
-    own_BN = first_B[:, None] == torch.arange(len(label_N), device=label_B.device)
-    same_BN = (label_B[:, None] == label_N) & ~own_BN
-    ways = image_BE @ engine.gathered(text_BE).T, text_BE @ engine.gathered(image_BE).T
-    logits = [(scale * way_BN).masked_fill(same_BN, -torch.inf) for way_BN in ways]
-    return sum(functional.cross_entropy(one, first_B, reduction="none") for one in logits) / 2
 
 
 @dataclass

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mllm_cl.model.encoder import Encoder
-from mllm_cl.model.fusion import contrast
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
+from mllm_cl.model.pairs import pair_losses
 from mllm_cl.model.texts import Reader
 from mllm_cl.model.vision import Adaptation, put
 
@@ -52,8 +53,9 @@ class Spoken(Head):
         """With `pairs`: the mean of both cross entropies, from images to texts and back."""
         if not self.pairs:
             return None
-        logits_BB = self.scale * cosines(features_BD, self._texts(features_BD)[labels_B])
-        return contrast(logits_BB, labels_B)
+        text_BD = self._texts(features_BD)[labels_B]
+        units = (functional.normalize(one, dim=-1) for one in (features_BD, text_BD))
+        return pair_losses(*units, labels_B, self.scale)
 
     def _texts(self, features_BD: Tensor) -> Tensor:
         tokens = self.first if self.training else self.every

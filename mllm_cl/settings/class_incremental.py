@@ -28,6 +28,7 @@ from mllm_cl.model.layers import State
 from mllm_cl.model.texts import Reader, load_reader, reads
 from mllm_cl.model.watch import evaluating
 from mllm_cl.recipe import Recipe, RecipeError
+from mllm_cl.recipe.blocks import ClassesBlock
 from mllm_cl.recipe.descriptions import check_descriptions, descriptions_of
 from mllm_cl.recipe.texts import check_texts, read_texts
 from mllm_cl.settings import Collator, Place, opened
@@ -47,23 +48,12 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
     except ValueError as error:
         raise RecipeError("classes.data", str(error)) from None
     check_texts(recipe, train.names)
-    try:
-        if block.captions is not None:
-            _captioned(block.captions)
-    except ValueError as error:
-        raise RecipeError("classes.captions", str(error)) from None
+    check_scored(block)
     for names, (_, tested) in zip(chosen, pairs, strict=True):
         if not len(tested):
             problem = f"there is no image to test {', '.join(names[:3])} with"
             raise RecipeError("classes.data", problem)
-    alone = [names[0] for names in chosen[: len(recipe.tasks)] if len(names) == 1]
-    if alone and recipe.method.compares_own:
-        raise RecipeError(
-            "classes.increment",
-            f"leaves {alone[0]} alone in its stage, of which {recipe.method_name} would learn "
-            "nothing: it tells classes of a stage from each other. Choose another number or "
-            "increment, or 'stages' that end before",
-        )
+    check_company(recipe, chosen[: len(recipe.tasks)])
     titles, order = stage_names(block.sizes()), [name for names in chosen for name in names]
     every, first = [], 0
     for index, (title, names, pair) in enumerate(zip(titles, chosen, pairs, strict=True), start=1):
@@ -74,6 +64,27 @@ def tasks_of(recipe: Recipe) -> TaskSequence:
     sequence = TaskSequence(tuple(every[:last]), later=tuple(every[last:]))
     check_descriptions(block, classes_of(sequence, last), recipe.method.describes)
     return sequence
+
+
+def check_scored(block: ClassesBlock) -> None:
+    """RecipeError for captions that cannot be read."""
+    try:
+        if block.captions is not None:
+            _captioned(block.captions)
+    except ValueError as error:
+        raise RecipeError("classes.captions", str(error)) from None
+
+
+def check_company(recipe: Recipe, stages: Sequence[Sequence[str]]) -> None:
+    """RecipeError for a class alone in its stage, where the method would learn nothing of it."""
+    alone = [names[0] for names in stages if len(names) == 1]
+    if alone and recipe.method.compares_own:
+        raise RecipeError(
+            "classes.increment",
+            f"leaves {alone[0]} alone in its stage, of which {recipe.method_name} would learn "
+            "nothing: it tells classes of a stage from each other. Choose another number or "
+            "increment, or 'stages' that end before",
+        )
 
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:

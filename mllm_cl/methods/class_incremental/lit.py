@@ -18,8 +18,8 @@ from mllm_cl.task import Task
 @dataclass(frozen=True, kw_only=True)
 class LiT(OptionalRehearsal):
     """CLIP's own loss on images and the first prompts of their classes,
-    (CE(s cos(x, t)) + CE(s cos(t, x))) / 2 within a batch, on the text tower and its projection.
-    The answer is the nearest text of all classes so far, by all prompts.
+    (CE(s cos(x, t)) + CE(s cos(t, x))) / 2 within a batch of all processes, on the text tower and
+    its projection. The answer is the nearest text of all classes so far, by all prompts.
 
     Images of one class are no negatives of one another here, since a stage has few classes. The
     scale s is the model's own and stays. Exemplars are none by default. No code of PROOF's row is
