@@ -14,6 +14,7 @@ _HOME = {
     "Recipe": "mllm_cl.recipe",
     "Task": "mllm_cl.task",
     "TaskSequence": "mllm_cl.task",
+    "classifier": "mllm_cl.classify",
     "continual": "mllm_cl.trainer",
     "fold": "mllm_cl.model.surgery",
     "guard": "mllm_cl.model.surgery",

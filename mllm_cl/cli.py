@@ -31,6 +31,10 @@ EXPORT_NOTES = """merged: the model with everything in its weights, for plain tr
 adapter for plain PEFT; per-expert-peft: one with factors for every expert, as servers read it. The
 card in the folder says how far its logits are from the trained model's."""
 
+CLASSIFY_NOTES = """A line for each picture: its path, then names and what the head answers for
+each, the best first, with tabs between them. What the numbers are is the method's: cosines,
+distances or logits."""
+
 DESCRIBE_NOTES = """The endpoint is what ends in /v1; its key is read from an environment variable.
 Without one the model is a folder or a name on the hub, and runs here. Every answer is kept as it
 comes: the same command goes on where it was stopped, and asks for no more than what is missing."""
@@ -165,6 +169,19 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", help="the recipe; default: the config's name with .yaml, here"
     )
     other.set_defaults(call=_import)
+
+    asked = commands.add_parser(
+        "classify",
+        help="name the classes of pictures by what a run has learnt",
+        epilog=CLASSIFY_NOTES,
+        allow_abbrev=False,
+    )
+    asked.add_argument("run", metavar="RUN", help="the output folder of a run of classes")
+    asked.add_argument("pictures", metavar="PICTURE", nargs="+", help="a file, or a folder of them")
+    asked.add_argument("--task", metavar="T", help="after which stage; default: the newest")
+    asked.add_argument("--top", metavar="K", type=int, default=1, help="names; default: 1")
+    asked.add_argument("--trust-remote-code", action="store_true", help="run the base's own code")
+    asked.set_defaults(call=_classify)
 
     out = commands.add_parser(
         "export",
@@ -386,6 +403,26 @@ def _import(arguments: argparse.Namespace) -> int:
     for key, why in found.unmapped.items():
         print(f"not in the recipe: {key}: {why}")
     print(f"recipe: {output}")
+    return 0
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+
+    from mllm_cl.classify import AT_ONCE, classifier, pictures
+    from mllm_cl.data.source.images import open_picture
+    from mllm_cl.recipe import RecipeError
+
+    if arguments.top < 1:
+        raise RecipeError("--top", f"found {arguments.top}, expected 1 or more")
+    paths = pictures(arguments.pictures)
+    asked = classifier(arguments.run, arguments.task, trust_remote_code=arguments.trust_remote_code)
+    for start in range(0, len(paths), AT_ONCE):
+        some = paths[start : start + AT_ONCE]
+        logits_BC = asked.logits([open_picture(path.name, path.parent) for path in some])
+        best = logits_BC.topk(min(arguments.top, len(asked.names)), dim=1)
+        for path, *row in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
+            told = [f"{asked.names[place]}\t{value:.4f}" for value, place in zip(*row, strict=True)]
+            print(path, *told, sep="\t", flush=True)
     return 0
 
 

@@ -47,6 +47,11 @@ class ClassMethod(Method):
         """Count the task's classes."""
         memory[f"{self.name}/classes"] = torch.tensor(self.seen(memory) + len(task.labels))
 
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """Have a model that was prepared for the task, and whose weights are put back after this,
+        answer as after the task, by what the memory holds since. Collective.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLearner(ClassMethod):
@@ -142,6 +147,10 @@ class FirstStageLearner(ClassMethod):
         if self._trains(task) or self._follows(task):
             self.settle(model, memory)
         memory.put(self.name, model.head.learn(len(task.labels), batches))
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """What answers, with all that is known."""
+        self.settle(model, memory)
 
     def _trains(self, task: Task) -> bool:
         return task.index == 1 and self.adaptation != "bn"

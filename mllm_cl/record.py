@@ -202,6 +202,7 @@ def manifest(recipe: Recipe, trainer, sequence: TaskSequence) -> dict[str, objec
         "mixed_precision": trainer.args.mixed_precision,
         **checkpoint.batch_of(trainer.args),
         "seed": recipe.seed,
+        "classes": [*trainer.task.earlier, *trainer.task.labels],
         "data": {
             task.name: {
                 "train": sequence.once(fingerprint, task.train),

@@ -12,6 +12,14 @@ from mllm_cl.memory import load_tensors
 from mllm_cl.method import names
 from mllm_cl.recipe import Recipe, RecipeError
 from mllm_cl.recipe.read import read_file
+from mllm_cl.recipe.recipe import STREAMS
+
+# How what a run learnt leaves it.
+DOORS = {
+    "tasks": "`mllm-cl export` takes its models out",
+    "classes": "`mllm-cl classify` answers with its models",
+    "retrieval": "its models cannot leave it yet",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,11 @@ class Stage:
         return self.recipe.tasks[-1].name
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of all classes that were learnt, in the order in which they came."""
+        return tuple(json.loads((self.path / "manifest.json").read_text())["classes"])
+
+    @property
     def scored(self) -> list[int]:
         """The stages up to this one that have scores."""
         stages = range(self.number + 1)
@@ -48,20 +61,28 @@ class Stage:
         return load_tensors(record.state_file(self.path))
 
 
-def complete_stage(run: Path, task: str | None = None, *, trust_remote_code: bool = False) -> Stage:
+def complete_stage(
+    run: Path,
+    task: str | None = None,
+    *,
+    learnt: str = "tasks",
+    trust_remote_code: bool = False,
+) -> Stage:
     """The stage of `run` that ends with `task`, by default the newest complete one.
 
-    Raises RecipeError where there is none, or a file of it was changed.
+    Raises RecipeError where there is none, a file of it was changed, or the run did not learn what
+    `learnt` says: tasks, classes or retrieval.
     """
     done = {}
     for path in run.glob(f"task_*/{checkpoint.MARKER}"):
         number = path.parent.name.removeprefix("task_")
         if number.isdigit() and int(number):
             tree = json.loads((path.parent / "recipe.json").read_text())
-            if "tasks" not in tree:
-                what = "classes" if "classes" in tree else "retrieval"
-                raise RecipeError("RUN", f"{run} learnt {what}: its models cannot leave it yet")
-            done[tree["tasks"][-1]["name"]] = int(number)
+            if learnt not in tree:
+                found = next(key for key in ("tasks", *STREAMS) if key in tree)
+                raise RecipeError("RUN", f"{run} learnt {found}: {DOORS[found]}")
+            scores = json.loads((path.parent / "scores.json").read_text())
+            done[scores["after"]] = int(number)
     if not done:
         raise RecipeError("RUN", f"{run} holds no complete task of a run")
     known = sorted(done, key=done.get)
@@ -82,7 +103,10 @@ def _recipe_of(run: Path, path: Path, trust_remote_code: bool) -> Recipe:
     """What made the stage at `path`; of a method in a user's own file it has the hash alone."""
     tree = json.loads((path / "recipe.json").read_text())
     tree.pop("memory", None)  # part of the first stage's own by now
-    if tree["method"]["name"] not in names():
+    if "classes" in tree:  # of which the pictures need not be here
+        tree["classes"] |= {"data": "toy:elsewhere", "captions": None}
+    setting = next((STREAMS[key][1] for key in STREAMS if key in tree), "instruction")
+    if tree["method"]["name"] not in names(setting):
         if not (run / "recipe.yaml").exists():
             problem = "the method is a file of your own, whose place only a finished run tells"
             raise RecipeError("RUN", f"{problem}; run the recipe to its end first")

@@ -1,5 +1,6 @@
 """What every class-incremental method owes, on the package's own CLIP: a dry run says what it keeps
-at most, the class names are answered after every stage, and two processes learn and answer as one.
+at most, class names are answered after every stage, a stage answers alike when it is opened again,
+and two processes learn and answer as one.
 """
 
 import json
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from class_cells import assert_alike, run_together
-from mllm_cl import Recipe, run
+from class_cells import answers, assert_alike, run_together
+from mllm_cl import Recipe, classifier, run
 from mllm_cl.forecast import Launch
 from mllm_cl.forecast_classes import forecast_classes
 from mllm_cl.method import names
+from mllm_cl.settings.class_incremental import tasks_of
 
 BLOCKS = {"blocks": [0, 1]}  # of a tower that has four
 STILL = {"dropout": 0.0}  # two processes draw other numbers than one
@@ -77,6 +79,14 @@ def test_class_names_are_answered_while_pictures_and_texts_share_a_space(done):
     rows = json.loads((Path(done.output_dir) / "scores.json").read_text())["rows"]
     # The features of these are several encoders' side by side.
     assert ("zero_shot" in rows[-1]) != (done.method_name in ("aper", "ease", "memo"))
+
+
+def test_a_stage_that_is_opened_again_gives_every_picture_the_answer_of_the_run(done):
+    for stage, task in enumerate(tasks_of(done), start=1):
+        again = classifier(done.output_dir, task.name)
+        assert again.names == (*task.earlier, *task.labels)
+        said = again([sample["images"][0] for sample in task.eval])
+        assert said == answers(Path(done.output_dir), stage)[task.name]
 
 
 @pytest.mark.engines

@@ -130,6 +130,7 @@ def test_the_public_names_are_these():
         "Recipe",
         "Task",
         "TaskSequence",
+        "classifier",
         "continual",
         "fold",
         "guard",
@@ -149,7 +150,7 @@ def test_the_commands_are_these():
         for node in called
         if isinstance(node.func, ast.Attribute) and node.func.attr == "add_parser"
     ]
-    expected = "data describe doctor export import list measure report run"
+    expected = "classify data describe doctor export import list measure report run"
     assert sorted(commands) == expected.split()
 
 

@@ -127,7 +127,11 @@ class CPP(ClassMethod):
             before = [known[name]] if name in known else []
             memory[f"{self.name}/{name}"] = torch.cat([*before, *parts])
         super().after_task(model, task, memory, batches, reduce)
-        known = memory.under(self.name)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """The prompts that keys find, and the values."""
+        finder, known = model.encoder.finder, memory.under(self.name)
         finder.know(known["key"], known["task"])
         finder.show(Finder.FOUND)
         model.head = Centroids(model.encoder.width, known["value"], known["class"])

@@ -70,6 +70,14 @@ class EASE(ClassMethod):
         self, model: Classifier, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """The prototypes of the task's classes under all adapters, in the place of what trained."""
+        self.recall(model, task, memory)
+        learnt = model.head.learn(len(task.labels), batches)
+        super().after_task(model, task, memory, batches, reduce)
+        for name, tensor in learnt.items():
+            memory[f"{self.name}/{name}"] = tensor
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """All adapters side by side, and the prototypes that are known."""
         adapters = [_adapter(stage) for stage in range(1, task.index + 1)]
         show(model.encoder, {name: (name,) for name in adapters})
         earlier = task.index - 1
@@ -78,10 +86,6 @@ class EASE(ClassMethod):
             model.encoder.width, other=self.alpha / earlier if divided else self.alpha
         )
         model.head.restore(memory.under(self.name))
-        learnt = model.head.learn(len(task.labels), batches)
-        super().after_task(model, task, memory, batches, reduce)
-        for name, tensor in learnt.items():
-            memory[f"{self.name}/{name}"] = tensor
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """The sums of every class up to its task's subspace, and counts, if no later stage brings

@@ -137,8 +137,14 @@ class ENGINE(Expanding):
             found = old.joined(found) if self.mode == "paper" else old.merged(found)
         for name, tensor in found.tensors().items():
             memory[f"{self.name}/{name}"] = tensor
-        head.judge(found, self._apart(model) if self._reranks else None)
         super().after_task(model, task, memory, batches, reduce)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """What the text tower says of names and descriptions, and the discriminant."""
+        self._inform(model, memory)
+        found = Discriminant.restored(memory.under(self.name))
+        model.head.judge(found, self._apart(model) if self._reranks else None)
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """Means and the discriminant, if no later stage brings more classes than the first."""

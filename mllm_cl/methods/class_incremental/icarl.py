@@ -73,8 +73,13 @@ class ICaRL(Rehearsal, Distilling):
         if self.answer == "nearest_mean":
             unit_MD = functional.normalize(features_MD.double(), dim=-1)
             sum_CD, _ = class_sums(unit_MD, kept.label_M, self.seen(memory))
-            model.head.mean_CD = functional.normalize(sum_CD, dim=-1)
-            memory[f"{self.name}/means"] = model.head.mean_CD
+            memory[f"{self.name}/means"] = functional.normalize(sum_CD, dim=-1)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """The means, where they answer."""
+        if self.answer == "nearest_mean":
+            model.head.mean_CD = memory[f"{self.name}/means"]
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """The exemplars and the means."""

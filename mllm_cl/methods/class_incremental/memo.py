@@ -75,4 +75,8 @@ class MEMO(Rehearsal):
         """Exemplars of the task, and the head as it answers."""
         self.keep(model, task, memory, batches)
         super().after_task(model, task, memory, batches, reduce)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """The head without its auxiliary."""
         model.head = model.head.settled()

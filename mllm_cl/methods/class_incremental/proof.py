@@ -115,8 +115,12 @@ class Proof(Expanding, OptionalRehearsal):
         reduce: Reduce,
     ) -> None:
         """The exemplars of the new classes."""
-        self._inform(model, memory)
+        self.recall(model, task, memory)
         super().after_task(model, task, memory, batches, reduce)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """Class means, and what the text tower says of names."""
+        self._inform(model, memory)
 
     def _inform(self, model: Classifier, memory: Memory) -> None:
         head = model.head

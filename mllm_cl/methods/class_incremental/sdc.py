@@ -61,8 +61,13 @@ class SDC(WholeLearner):
             before_ND, known_CD = (memory.pop(f"{self.name}/{key}") for key in ("before", "means"))
             known_CD = known_CD + compensation(before_ND, unit_ND, known_CD, self.sigma)
             mean_CD = torch.cat([known_CD, mean_CD])
-        model.head.mean_CD = memory[f"{self.name}/means"] = mean_CD
+        memory[f"{self.name}/means"] = mean_CD
         super().after_task(model, task, memory, batches, reduce)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """The means."""
+        model.head.mean_CD = memory[f"{self.name}/means"]
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """The means, if no later stage brings more classes than the first."""

@@ -33,10 +33,7 @@ class SimpleCIL(Untrained, ClassMethod):
 
     def before_task(self, model: nn.Module, task: Task, memory: Memory) -> None:
         """A head with the prototypes of the past, and everything frozen."""
-        known = memory.under(self.name)
-        model.head = Prototype(model.encoder.width, len(known.get("count", ())))
-        if known:
-            model.head.restore(known["sum"], known["count"])
+        self.recall(model, task, memory)
         super().before_task(model, task, memory)
 
     def after_task(
@@ -44,3 +41,10 @@ class SimpleCIL(Untrained, ClassMethod):
     ) -> None:
         """The prototypes of the task's classes."""
         memory.put(self.name, model.head.learn(len(task.labels), batches))
+
+    def recall(self, model: nn.Module, task: Task, memory: Memory) -> None:
+        """All prototypes that are known."""
+        known = memory.under(self.name)
+        model.head = Prototype(model.encoder.width, len(known.get("count", ())))
+        if known:
+            model.head.restore(known["sum"], known["count"])

@@ -19,6 +19,8 @@ from mllm_cl.model.alignment import Aligned, Alignment, gaussian
 from mllm_cl.model.classifier import Classifier
 from mllm_cl.task import Task
 
+ALIGNED = "weight", "bias"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SLCA(WholeLearner):
@@ -76,6 +78,12 @@ class SLCA(WholeLearner):
         super().after_task(model, task, memory, batches, reduce)
         if first:
             self._align(model.head, memory)
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """The aligned head, which there is from the second task on."""
+        known = memory.under(f"{self.name}/aligned")
+        model.head.aligned = tuple(known[name] for name in ALIGNED) if known else None
 
     def forecast_bytes(self, model: Classifier, num_tasks: int) -> int:
         """Gaussians and the aligned head, if no later stage brings more classes than the first."""
@@ -97,6 +105,6 @@ class SLCA(WholeLearner):
             seed=self.seed,
         )
         own = engine.full(head.weight), engine.full(head.bias)
-        head.aligned = alignment.of(own, (mean_CD, known["cov"]), sizes.tolist())
-        for name, one in zip(("weight", "bias"), head.aligned, strict=True):
+        aligned = alignment.of(own, (mean_CD, known["cov"]), sizes.tolist())
+        for name, one in zip(ALIGNED, aligned, strict=True):
             memory[f"{self.name}/aligned/{name}"] = one

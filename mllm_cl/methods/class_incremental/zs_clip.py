@@ -35,4 +35,8 @@ class ZSCLIP(Untrained, ClassMethod):
         self, model: Classifier, task: Task, memory: Memory, batches: Batches, reduce: Reduce
     ) -> None:
         """The names of all classes so far are read."""
+        self.recall(model, task, memory)
+
+    def recall(self, model: Classifier, task: Task, memory: Memory) -> None:
+        """All names."""
         model.head.learn(model.texts((*task.earlier, *task.labels)))
