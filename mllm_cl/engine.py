@@ -88,11 +88,16 @@ def tell_launcher(error: BaseException) -> None:
     get_error_handler().record_exception(error)
 
 
+def asked_precision() -> str:
+    """The launch file's `mixed_precision`, which the Trainer follows where it is told no other."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def launched_precision() -> dict[str, bool]:
     """The launch file's `mixed_precision` as an argument of the Trainer, where that has to
     repeat it: DeepSpeed refuses to train where the two differ.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = asked_precision()
     repeated = _wants("ACCELERATE_USE_DEEPSPEED") and precision in ("bf16", "fp16")
     return {precision: True} if repeated else {}
 

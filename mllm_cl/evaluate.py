@@ -89,20 +89,22 @@ def row(
 ) -> dict[str, dict[str, float | None]]:
     """What answers add to the matrices of a run, by matrix and task: the score by the task's own
     metric, that of giving the most common right answer every time, the matches by `MATCHES`, and
-    the loss; None where it is no number.
+    the loss; None where it is no number. Of classes one answer is given to all stages alike.
     """
+    tasks = [task for task in tasks if task.name in given]
+    classes = [one.reference for task in tasks if task.labels for one in given[task.name]]
     kinds = ("scores", CONSTANT, *MATCHES, LOSSES)
     found: dict[str, dict[str, float | None]] = {key: {} for key in kinds}
     for task in tasks:
-        if task.name in given:
-            said = [answer.prediction for answer in given[task.name]]
-            right = [answer.reference for answer in given[task.name]]
-            found["scores"][task.name] = task.metric(said, right)
-            found[CONSTANT][task.name] = task.metric([most_common(right)] * len(right), right)
-            for key in MATCHES:
-                found[key][task.name] = metric(key)(said, right)
-            mean = loss(given[task.name])
-            found[LOSSES][task.name] = mean if math.isfinite(mean) else None
+        said = [answer.prediction for answer in given[task.name]]
+        right = [answer.reference for answer in given[task.name]]
+        found["scores"][task.name] = task.metric(said, right)
+        every = classes if task.labels else right
+        found[CONSTANT][task.name] = task.metric([most_common(every)] * len(every), every)
+        for key in MATCHES:
+            found[key][task.name] = metric(key)(said, right)
+        mean = loss(given[task.name])
+        found[LOSSES][task.name] = mean if math.isfinite(mean) else None
     return found
 
 

@@ -154,7 +154,9 @@ class Rehearsal(ClassMethod):
         given = {key: value for key, value in sizes.items() if value is not None}
         if len(given) > 1:
             named = " and ".join(f"{key} {value}" for key, value in given.items())
-            raise ValueError(f"found {named}, which are ways to say one thing: leave one")
+            others = "the other" if len(given) == 2 else "the others"
+            problem = f"found {named}, which are ways to say one thing: set {others} to null"
+            raise ValueError(f"{problem}, also where it is a default")
         for key, value in given.items():
             if value <= 0:
                 raise ValueError(f"{key} must be above 0, found {value}")
@@ -225,9 +227,24 @@ class OptionalRehearsal(Rehearsal):
     """A method that may do without: `memory_per_class` 0 keeps no exemplar."""
 
     def __post_init__(self) -> None:
-        """No exemplars are a choice, too."""
+        """No exemplars are a choice, too; but none beside some is not."""
+        for key in ("memory_size", "budget_mb"):
+            if self.memory_per_class == 0 and vars(self)[key] is not None:
+                raise ValueError(
+                    f"found {key} {vars(self)[key]} and memory_per_class 0, which keeps none: set "
+                    "'memory_per_class: null'"
+                )
         if self.memory_per_class != 0:
             super().__post_init__()
+
+    @property
+    def told_apart(self) -> str:
+        return "all" if self.rehearses else "own"
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether it keeps any."""
+        return self.memory_per_class != 0
 
     def after_task(
         self, model: Classifier, task: Task, memory: Memory, batches: Batches, reduce: Reduce

@@ -64,8 +64,8 @@ class LinearLearner(ClassMethod):
     local: bool = True
 
     @property
-    def compares_own(self) -> bool:
-        return self.local
+    def told_apart(self) -> str:
+        return "own" if self.local else "all"
 
     def head(self, width: int, number: int) -> Linear:
         """A head of the classes that came before."""
@@ -110,6 +110,10 @@ class FirstStageLearner(ClassMethod):
     prompts: int = 5
     sigma: float = 1.0
     passes: int = 10
+
+    @property
+    def told_apart(self) -> str:
+        return "all" if self.adaptation != "bn" else ""
 
     def settle(self, model: Classifier, memory: Memory) -> None:
         """Put in what answers from here on: which features, and the head with what is known."""

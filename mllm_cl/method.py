@@ -83,11 +83,12 @@ class Method:
         return False
 
     @property
-    def compares_own(self) -> bool:
-        """Whether images of a task teach to tell its classes from each other alone: of a task with
-        one class nothing could be learnt.
+    def told_apart(self) -> str:
+        """Which classes the loss tells from each other: the "own" of a task, of which one alone
+        teaches nothing; "all" so far, where nothing is learnt of one that comes first; or "",
+        where one can be learnt by itself.
         """
-        return False
+        return ""
 
     @property
     def describes(self) -> frozenset[str]:

@@ -111,16 +111,25 @@ def is_done(recipe: Recipe, folder: Path, stage: int) -> bool:
         # How a step is cut into what a process takes is hardware: 2 x 4 samples are 1 x 8.
         written, wanted = _uncut(written), _uncut(wanted)
     if written != wanted:
-        key = next(
-            key for key in sorted({*written, *wanted}) if written.get(key) != wanted.get(key)
-        )
+        key, there, here = _difference(written, wanted)
         raise RecipeError(
             "output_dir",
-            f"{path} was made with another {key!r}: {json.dumps(written.get(key))} there, "
-            f"{json.dumps(wanted.get(key))} in this recipe. Choose another output_dir, or go "
-            "back to the recipe that is in the folder.",
+            f"{path} was made with another {key!r}: {json.dumps(there)} there, "
+            f"{json.dumps(here)} in this recipe. Choose another output_dir, or go back to the "
+            "recipe that is in the folder.",
         )
     return True
+
+
+def _difference(written: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The first key, with dots, under which two trees differ, and what each has there."""
+    both = sorted({*written, *wanted})
+    key = next(key for key in both if written.get(key) != wanted.get(key))
+    there, here = written.get(key), wanted.get(key)
+    if isinstance(there, dict) and isinstance(here, dict):
+        inner, there, here = _difference(there, here)
+        key = f"{key}.{inner}"
+    return key, there, here
 
 
 def _uncut(tree: dict[str, Any]) -> dict[str, Any]:

@@ -100,16 +100,32 @@ def complete_stage(
 
 
 def _recipe_of(run: Path, path: Path, trust_remote_code: bool) -> Recipe:
-    """What made the stage at `path`; of a method in a user's own file it has the hash alone."""
+    """What made the stage at `path`, which has hashes alone of files beside the run."""
     tree = json.loads((path / "recipe.json").read_text())
     tree.pop("memory", None)  # part of the first stage's own by now
-    if "classes" in tree:  # of which the pictures need not be here
-        tree["classes"] |= {"data": "toy:elsewhere", "captions": None}
     setting = next((STREAMS[key][1] for key in STREAMS if key in tree), "instruction")
     if tree["method"]["name"] not in names(setting):
-        if not (run / "recipe.yaml").exists():
-            problem = "the method is a file of your own, whose place only a finished run tells"
-            raise RecipeError("RUN", f"{problem}; run the recipe to its end first")
-        tree["method"]["name"] = read_file(run / "recipe.yaml")["method"]["name"]
+        tree["method"]["name"] = _as_given(run, "method", "name")
+    hashes = {}
+    if "classes" in tree:
+        block = tree["classes"]
+        hashes = {key: block[key] for key in ("texts", "descriptions") if block[key] is not None}
+        # Pictures need not be here.
+        block |= {"data": "toy:elsewhere", "captions": None}
+        block |= {key: _as_given(run, "classes", key) for key in hashes}
     words = ["--model.trust_remote_code", "true"] if trust_remote_code else []
-    return Recipe.from_tree(tree, path / "recipe.json", words)
+    recipe = Recipe.from_tree(tree, path / "recipe.json", words)
+    now = recipe.stage(len(recipe.tasks) - 1)
+    for key, written in hashes.items():
+        if now["classes"][key] != written:
+            problem = f"{vars(recipe.classes)[key]} says something else than when the run was made"
+            raise RecipeError(f"classes.{key}", problem)
+    return recipe
+
+
+def _as_given(run: Path, block: str, key: str) -> str:
+    """The place of a file that a stage knows by its hash."""
+    if not (run / "recipe.yaml").exists():
+        problem = f"'{block}.{key}' is a file of your own, whose place only a finished run tells"
+        raise RecipeError("RUN", f"{problem}; run the recipe to its end first")
+    return read_file(run / "recipe.yaml")[block][key]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from mllm_cl import engine
+from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.heads import Head
 from mllm_cl.model.idle import idle
 from mllm_cl.model.moe_lora import MoELoRA
@@ -246,7 +247,8 @@ def _exempt(model: nn.Module, names: list[str], *, seen: bool) -> set[str]:
             own = module.named_parameters(prefix=path)
             heads += [name for name, one in own if id(one) in fading]
     found = {name for name in names if name.startswith(tuple(heads))}
-    whole = None if seen else _sees(model)
+    # An encoder may have seen the pictures before training: what trains is asked all the same.
+    whole = None if seen or isinstance(model, Encoding) else _sees(model)
     if whole is not None:
         waiting = tuple(f"{path}." for path in idle(model))
         found |= {name for name in names if name.startswith(waiting)}

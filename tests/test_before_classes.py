@@ -102,7 +102,7 @@ def test_features_on_disk_are_as_large_as_a_dry_run_says(vit, tmp_path):
 
 def test_the_shapes_of_adapters_are_the_papers(tmp_path):
     vit_b16().config.save_pretrained(tmp_path)
-    small = {"number": 2, "increment": 1, "train_size": 1, "eval_size": 1}
+    small = {"number": 2, "increment": 2, "train_size": 1, "eval_size": 1}
     said = forecast_classes(recipe(tmp_path / "run", tmp_path, **small), Launch("zero2", 2))
     assert (said.parameters, numel(said, "encoder.")) == (85_798_656, 1_189_632)
     weights = said.device_bytes["trained weights"]
@@ -176,7 +176,7 @@ def test_good_pictures_are_counted_by_stage(vit, tmp_path, capsys):
 def test_every_picture_that_cannot_be_read_is_named_and_the_code_is_2(vit, tmp_path, capsys):
     data = write_classes(tmp_path / "own", {"a": [1, 2], "b": [3]}, {"a": [4], "b": [0]})
     (tmp_path / "own/train/a/train-1.png").write_bytes(png(2)[:40])
-    one = recipe(tmp_path / "run", vit, data=data, number=2, increment=1)
+    one = recipe(tmp_path / "run", vit, "simplecil", data=data, number=2, increment=1)
     code, told = checked(capsys, one, tmp_path)
     assert code == 2
     assert "train-1.png" in told and "1 that cannot be read" in told
@@ -185,7 +185,7 @@ def test_every_picture_that_cannot_be_read_is_named_and_the_code_is_2(vit, tmp_p
 
 def test_pictures_in_train_and_test_and_in_two_classes_are_told(vit, tmp_path, capsys):
     data = write_classes(tmp_path / "own", {"a": [1, 2], "b": [2]}, {"a": [1], "b": [3]})
-    one = recipe(tmp_path / "run", vit, data=data, number=2, increment=1)
+    one = recipe(tmp_path / "run", vit, "simplecil", data=data, number=2, increment=1)
     code, told = checked(capsys, one, tmp_path)
     assert code == 0
     assert "1 of 2 test pictures are in train: test/a/test-0.png" in told
@@ -195,7 +195,7 @@ def test_pictures_in_train_and_test_and_in_two_classes_are_told(vit, tmp_path, c
 def test_ids_that_train_and_test_share_are_told(vit, tmp_path, capsys):
     data = write_classes(tmp_path / "own", {"a": [1], "b": [2]}, {})
     args = {"train": "train", "test": "train"}
-    one = recipe(tmp_path / "run", vit, data=data, number=2, increment=1, args=args)
+    one = recipe(tmp_path / "run", vit, "simplecil", data=data, number=2, increment=1, args=args)
     _, told = checked(capsys, one, tmp_path)
     assert "2 of 2 test pictures are in train" in told
     assert "2 ids are in train and in test: train/a/train-0.png" in told

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from class_cells import answers, assert_alike, run_together
 from encoders import SIDE, backbone
-from mllm_cl import Recipe, cli, run
+from mllm_cl import Recipe, classifier, cli, run
 from mllm_cl.data.labelled import labelled
 from mllm_cl.data.pixels import preset
 from mllm_cl.model.encoder import Encoder
@@ -253,9 +253,36 @@ def test_two_processes_train_and_answer_as_one_does(engine, vit, aper_alone, tmp
     assert difference < 1e-6 * TRAIN * sums[1].abs().max()
 
 
+def test_a_list_of_classes_may_grow_and_a_run_goes_on_with_the_new_ones(vit, tmp_path):
+    names = labelled(DATA, "train", 1).names
+    listed = [names[place] for place in (5, 2, 7, 0, 3, 1)]
+
+    def of(*classes: str) -> Recipe:
+        number = {"number": len(classes), "order": None, "args": {"classes": list(classes)}}
+        return recipe(tmp_path / "run", vit, **number)
+
+    run(of(*listed[:4]))
+    before = [(tmp_path / f"run/task_{stage}/complete.json").read_text() for stage in range(3)]
+    run(of(*listed))
+    after = [(tmp_path / f"run/task_{stage}/complete.json").read_text() for stage in range(3)]
+    assert before == after and classifier(tmp_path / "run").names == tuple(listed)
+    with pytest.raises(RecipeError, match=r"another 'classes\.args\.classes'"):
+        run(of(*listed[1:], listed[0]))
+
+
+def test_room_for_exemplars_of_all_classes_is_asked_for_before_the_first_stage(vit, tmp_path):
+    tree = recipe(tmp_path / "run", vit, "icarl").resolved()
+    tree["method"] |= {"memory_size": 3}
+    with pytest.raises(RecipeError, match="room for 3 exemplars, but 6 classes"):
+        run(Recipe.from_tree(tree, "recipe.yaml"))
+    assert not (tmp_path / "run/task_0/complete.json").exists()
+
+
 def test_a_class_alone_in_its_stage_is_refused_where_it_would_teach_nothing(vit, tmp_path):
     """Seven classes by two leave one to the last stage."""
     with pytest.raises(RecipeError, match=r"classes\.increment.*alone in its stage"):
         run(recipe(tmp_path / "local", vit, "finetune", number=7))
+    with pytest.raises(RecipeError, match=r"classes\.first.*tells the classes so far"):
+        run(recipe(tmp_path / "first", vit, "aper", number=7, first=1))
     run(recipe(tmp_path / "means", vit, number=7))
     assert (tmp_path / "means/task_4/complete.json").exists()

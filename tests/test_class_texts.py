@@ -177,5 +177,5 @@ def test_a_run_goes_on_with_the_texts_that_it_began_with_wherever_they_lie(clip,
     moved = texts(tmp_path / "other", **WORDS)
     run(of_ids(tmp_path / "run", clip, data, texts=moved, stages=1))
     texts(tmp_path, **WORDS | {IDS[0]: "striped circle"})
-    with pytest.raises(RecipeError, match="another 'classes'"):
+    with pytest.raises(RecipeError, match="another 'classes.texts'"):
         run(one)

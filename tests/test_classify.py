@@ -1,5 +1,6 @@
 """What a run has learnt of classes answers pictures of anybody's."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,37 @@ def test_what_cannot_be_answered_is_said(learnt, tmp_path, capsys):
     (tmp_path / "torn.png").write_bytes(png(1)[:40])
     code, _, told = said(capsys, str(learnt), str(tmp_path / "torn.png"))
     assert code == 2 and "torn.png" in told
+
+
+def test_files_beside_the_run_have_to_say_what_they_said(learnt, tmp_path):
+    """ENGINE reads classes by texts and descriptions when it is opened, too."""
+    said = {"version": 1, "classes": {}, "pairs": {}}
+    for name in COLOURS:
+        said["pairs"][name] = {one: ["a colour"] for one in COLOURS if one != name}
+    files = {"descriptions": tmp_path / "said.json", "texts": tmp_path / "texts.json"}
+    files["descriptions"].write_text(json.dumps(said))
+    files["texts"].write_text(json.dumps({name: f"the {name}" for name in COLOURS}))
+    photos = tmp_path / "photos"
+    for split in ("train", "test"):
+        shutil.copytree(learnt.parent / "own", photos / split)
+    tree = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"model_name_or_path": "toy:clip"},
+        "method": {"name": "engine", "mode": "released", "image_aug": 0},
+        "classes": {"data": str(photos), "number": 4, "increment": 2, "preprocessing": "clip"}
+        | {key: str(path) for key, path in files.items()},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2},
+    }
+    run(Recipe.from_tree(tree, "recipe.yaml"))
+    images = [Image.open(photos / f"test/{name}/one.png") for name in COLOURS]
+    told = {}
+    for path in (tmp_path / "run/task_2/predictions").glob("*.jsonl"):
+        rows = map(json.loads, path.read_text().splitlines())
+        told |= {row["reference"]: row["prediction"] for row in rows}
+    assert classifier(tmp_path / "run")(images) == [told[name] for name in COLOURS]
+    files["texts"].write_text(json.dumps({name: f"a {name}" for name in COLOURS}))
+    with pytest.raises(RecipeError, match="classes.texts.*says something else"):
+        classifier(tmp_path / "run")
 
 
 def test_a_stage_that_was_changed_is_not_opened(learnt, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from mllm_cl import Memory, Task
 from mllm_cl.data.labelled import labelled
 from mllm_cl.exemplars import Exemplars, affordable, herding
+from mllm_cl.method import load_method
 from mllm_cl.metrics.answers import metric
 
 
@@ -92,6 +93,29 @@ def test_a_model_is_worth_603_pictures():
 def test_a_budget_below_the_model_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match=r"budget_mb is 1, but the encoder alone takes 1\.77 MB"):
         affordable(1, 4 * 463_504, 3072)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        (
+            "lit",
+            {"memory_size": 2000},
+            "memory_per_class 0, which keeps none",
+        ),
+        ("coop", {"budget_mb": 500}, "memory_per_class 0, which keeps none"),
+        ("proof", {"memory_size": 2000}, "memory_size 2000 and memory_per_class 20.*to null"),
+        ("icarl", {"memory_size": 9, "budget_mb": 5}, "memory_size 9 and budget_mb 5.*to null"),
+    ],
+)
+def test_two_sizes_are_refused_also_where_one_is_the_default(name, settings, told):
+    with pytest.raises(ValueError, match=told):
+        load_method(name, "class_incremental")(**settings)
+
+
+def test_a_size_in_the_place_of_the_default_is_taken():
+    one = load_method("proof", "class_incremental")(memory_size=2000, memory_per_class=None)
+    assert one.quota(None, 100) == 20
 
 
 def tasks() -> list[Task]:

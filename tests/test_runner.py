@@ -143,7 +143,9 @@ def test_a_finished_run_bears_the_same_batch_cut_otherwise_and_no_other(finished
     fours = "--training.per_device_train_batch_size=4"
     run_in_process(path, fours, "--training.gradient_accumulation_steps=2")
     assert digests(folder) == before
-    with pytest.raises(ValueError, match="made with another 'training'"):
+    with pytest.raises(
+        ValueError, match="another 'training.per_device_train_batch_size': 8 there, 4"
+    ):
         run_in_process(path, fours)
 
 
@@ -158,7 +160,7 @@ def test_a_run_of_a_version_that_lacked_a_setting_goes_on_while_that_is_at_its_d
         checkpoint.mark(stage)
     run_in_process(longer)
     assert json.loads((copy / "scores.json").read_text())["rows"][-1]["after"] == "tiles"
-    with pytest.raises(ValueError, match="made with another 'method'"):
+    with pytest.raises(ValueError, match="made with another 'method.train_router'"):
         run_in_process(longer, "--method.train_router", "false")
 
 

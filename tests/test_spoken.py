@@ -64,7 +64,7 @@ def test_lits_loss_is_clips_without_negatives_of_ones_own_class():
         back = [SCALE * units[c] @ texts[b] for c in others]
         place = others.index(b)
         expected.append((nll(there, place) + nll(back, place)) / 2)
-    found = head.train().losses(images, torch.tensor(right))
+    found = head.precisely(head.train().losses, images, torch.tensor(right))
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=0, atol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_the_answer_is_by_all_prompts_and_training_by_the_first():
         found = head.train(training)(features())
         expected = SCALE * unit @ torch.stack(rows).T
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    assert head.losses(features(), torch.tensor([0] * 5)) is None
+    assert head.precisely(head.losses, features(), torch.tensor([0] * 5)) is None
 
 
 def test_learnt_words_stand_where_their_places_are_and_nowhere_else():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 from transformers import AutoModelForImageTextToText
 
-from mllm_cl import Memory, cli, load_method, runner
+from mllm_cl import Memory, Recipe, cli, load_method, runner
 from mllm_cl.memory import save_tensors
 from mllm_cl.model.surgery import only_train
 from mllm_cl.reload import NotSaved, check_reload
@@ -167,3 +167,39 @@ def test_logits_that_are_no_numbers_are_not_the_fault_of_the_file(tiny_folder, t
     trainer.model.get_output_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="logits that are NaN or infinite"):
         check_reload(trainer, tmp_path / "state.safetensors", state)
+
+
+LOOSE = """
+from dataclasses import dataclass
+
+import torch
+
+from mllm_cl.methods.class_incremental.proof import Proof
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loose(Proof):
+    def before_task(self, model, task, memory):
+        super().before_task(model, task, memory)
+        model.head.loose = torch.nn.Parameter(torch.zeros(3))
+"""
+
+
+def test_what_does_not_learn_is_named_where_pictures_were_encoded_before(tmp_path):
+    (tmp_path / "loose.py").write_text(LOOSE)
+    tree = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"model_name_or_path": "toy:clip"},
+        "method": {"name": str(tmp_path / "loose.py")},
+        "classes": {
+            "data": "toy:compositions",
+            "number": 4,
+            "increment": 4,
+            "preprocessing": "clip",
+            "train_size": 4,
+            "eval_size": 1,
+        },
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4},
+    }
+    with pytest.raises(NotTraining, match=r"had no gradient: head\.loose"):
+        runner.run(Recipe.from_tree(tree, "recipe.yaml"))

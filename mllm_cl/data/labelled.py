@@ -158,7 +158,7 @@ def _narrowed(
     """The set with some of its classes as all there are."""
     there = len(found.names if classes is None else classes)
     if number is not None and number > there:
-        raise DataError(f"args.number is {number}, but there are {there} classes", data)
+        raise DataError(f"number is {number}, but there are {there} classes", data)
     if classes is not None:
         names = list(classes[:number])
     else:

@@ -18,10 +18,8 @@ from mllm_cl.model.encoding import Encoding
 from mllm_cl.model.heads import Head, ensemble
 from mllm_cl.model.penalty import due
 from mllm_cl.model.teacher import teacher_of
-from mllm_cl.model.texts import Reader, called_by
+from mllm_cl.model.texts import TEXTS, Reader, called_by
 from mllm_cl.model.watch import evaluating
-
-TEXTS = 256  # that are read at once
 
 
 @dataclass
@@ -117,7 +115,7 @@ class Classifier(Encoding):
         teacher = teacher_of(self)
         if teacher is None or not self.training:
             return None
-        dtype = next(teacher.encoder.parameters()).dtype
+        dtype = next(iter(teacher.encoder.sight.values())).dtype
         return teacher.head(teacher.encoder(pixel_values_BCHW.to(dtype)))[:, : self.head.old]
 
     def prompts(self, names: Sequence[str]) -> Tensor:

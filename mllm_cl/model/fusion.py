@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mllm_cl import engine
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.pairs import pair_losses
@@ -214,6 +215,11 @@ class Fusion(Projecting, Head):
             return super().by_name(features_BD, prompts_CPD)
         return cosines(self.image(features_BD), ensemble(self.text(prompts_CPD)))
 
+    def _shared(self, part_BCD: Tensor) -> Tensor:
+        """The mean (C, D) over all images of a batch, of all processes where it trains."""
+        mean_CD = part_BCD.mean(0)
+        return engine.gathered(mean_CD[None]).mean(0) if self.training else mean_CD
+
     def _fused(self, image_BD: Tensor, name_CD: Tensor) -> list[Tensor]:
         """The logits (B, C) of the fused image against fused names and fused class means."""
         mean_CD = functional.normalize(self.image(self.mean_CD), dim=-1)
@@ -224,7 +230,7 @@ class Fusion(Projecting, Head):
         own_BD, rest_BQD = self.attention(image_BD, context_LD, len(name_CD) + len(mean_CD))
         parts = rest_BQD.split([len(name_CD), len(mean_CD)], dim=1)
         if not self.paper:
-            return [own_BD @ part_BCD.mean(0).T for part_BCD in parts]
+            return [own_BD @ self._shared(part_BCD).T for part_BCD in parts]
         own_BD = functional.normalize(own_BD, dim=-1)
         return [
             self.scale * (functional.normalize(part_BCD, dim=-1) @ own_BD[:, :, None])[..., 0]

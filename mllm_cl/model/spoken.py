@@ -16,7 +16,7 @@ from mllm_cl.model.encoder import Encoder
 from mllm_cl.model.heads import Head, cosines, ensemble
 from mllm_cl.model.moe_lora import seeded
 from mllm_cl.model.pairs import pair_losses
-from mllm_cl.model.texts import Reader
+from mllm_cl.model.texts import TEXTS, Reader
 from mllm_cl.model.vision import Adaptation, put
 
 Tokens = Mapping[str, Tensor]
@@ -45,22 +45,38 @@ class Spoken(Head):
         self.first = reader.tokens(prompts[:: len(reader.templates)])
         self.every = reader.tokens(prompts)
 
-    def logits(self, features_BD: Tensor) -> Tensor:
+    def precisely(
+        self, rule: Callable[..., Tensor | None], features_BD: Tensor, *others: Tensor
+    ) -> Tensor | None:
+        """As ever; but texts are read before, in the precision that the towers have."""
+        if rule == self.losses:
+            if not self.pairs:
+                return None
+            class_K, place_B = others[0].unique(return_inverse=True)
+            others = (*others, self._texts(features_BD.device, class_K)[place_B])
+        elif rule == self.logits:
+            others = (self._texts(features_BD.device),)
+        return super().precisely(rule, features_BD, *others)
+
+    def logits(self, features_BD: Tensor, text_CD: Tensor) -> Tensor:
         """scale · cos(φ, t_c)."""
-        return self.scale * cosines(features_BD, self._texts(features_BD))
+        return self.scale * cosines(features_BD, text_CD.to(features_BD))
 
-    def losses(self, features_BD: Tensor, labels_B: Tensor) -> Tensor | None:
+    def losses(self, features_BD: Tensor, labels_B: Tensor, text_BD: Tensor) -> Tensor:
         """With `pairs`: the mean of both cross entropies, from images to texts and back."""
-        if not self.pairs:
-            return None
-        text_BD = self._texts(features_BD)[labels_B]
-        units = (functional.normalize(one, dim=-1) for one in (features_BD, text_BD))
-        return pair_losses(*units, labels_B, self.scale)
+        both = (functional.normalize(one, dim=-1) for one in (features_BD, text_BD.to(features_BD)))
+        return pair_losses(*both, labels_B, self.scale)
 
-    def _texts(self, features_BD: Tensor) -> Tensor:
+    def _texts(self, device: torch.device, class_K: Tensor | None = None) -> Tensor:
+        """What all prompts of some classes, by default of all, say together (K, D)."""
         tokens = self.first if self.training else self.every
-        texts_ND = self.read(*(one.to(features_BD.device) for one in tokens.values()))
-        return ensemble(texts_ND.unflatten(0, (self.number, -1)).to(features_BD))
+        named = {name: one.unflatten(0, (self.number, -1)) for name, one in tokens.items()}
+        if class_K is not None:
+            named = {name: one[class_K.cpu()] for name, one in named.items()}
+        parts = zip(*(one.flatten(0, 1).split(TEXTS) for one in named.values()), strict=True)
+        read_ND = torch.cat([self.read(*(one.to(device) for one in part)) for part in parts])
+        read_ND = read_ND.to(torch.promote_types(read_ND.dtype, torch.float32))
+        return ensemble(read_ND.unflatten(0, (-1, next(iter(named.values())).shape[1])))
 
 
 class Words(Adaptation):

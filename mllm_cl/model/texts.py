@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mllm_cl.model.encoder import described, family
 from mllm_cl.model.load import ModelSettings, found_at, hub_options, location
 
+TEXTS = 256  # that are read at once
+
 
 @dataclass(frozen=True)
 class Reader:

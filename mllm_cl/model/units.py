@@ -35,7 +35,9 @@ def merged(layers: Sequence[nn.Linear], *, fading: bool = False) -> tuple[Tensor
     parts = [(layer.weight, layer.bias) for layer in layers]
     if fading:
         parts[:-1] = [(still(weight), still(bias)) for weight, bias in parts[:-1]]
-    weight_DD, bias_D = (torch.stack(every).sum(0) for every in zip(*parts, strict=True))
+    # A bare sum would hand one tensor to all as their gradient, and what clips or accumulates in
+    # place would do it once for each.
+    weight_DD, bias_D = ((torch.stack(every) * 1.0).sum(0) for every in zip(*parts, strict=True))
     return weight_DD, bias_D
 
 

@@ -146,6 +146,20 @@ class ClassesBlock:
 
         return stage_sizes(self.number, self.first, self.increment)
 
+    def up_to(self, stages: int) -> dict[str, Any]:
+        """What of the keys the first stages depend on: of a list of classes that come in its order
+        nothing behind them, so that it may grow.
+        """
+        listed = self.args.get("classes") if self.order is None else None
+        if not isinstance(listed, list) or len(listed) < self.number:
+            return {"stages": stages}
+        number = sum(self.sizes()[: max(stages, 1)])
+        return {
+            "stages": stages,
+            "number": number,
+            "args": {**self.args, "classes": listed[:number]},
+        }
+
     def tasks(self) -> tuple[TaskBlock, ...]:
         """A task per stage, named by the places of its classes in the order: `1-50`, `51-60` …"""
         from mllm_cl.data.classes import stage_names  # which imports torch

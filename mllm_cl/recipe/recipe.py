@@ -169,7 +169,7 @@ class Recipe:
         elif self.classes is None:
             tree["tasks"] = tree["tasks"][: index + 1]
         else:
-            tree["classes"]["stages"] = index + 1
+            tree["classes"] |= self.classes.up_to(index + 1)
             if self.classes.texts is not None:
                 texts = json.dumps(read_texts(self.classes.texts), sort_keys=True)
                 tree["classes"]["texts"] = hashlib.sha256(texts.encode()).hexdigest()

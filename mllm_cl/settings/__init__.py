@@ -55,7 +55,7 @@ class Place:
         """What the encoder makes of samples as `collate` shows them, kept in the run's folder."""
         recipe = self.recipe
         precision = {key: recipe.training.get(key) for key in ("bf16", "fp16")}
-        how = (self.collator.preset.key, precision, engine.launched_precision())
+        how = (self.collator.preset.key, precision, engine.asked_precision())
         return FeatureCache(
             Path(recipe.output_dir) / "features",
             model,

@@ -18,6 +18,7 @@ from mllm_cl.data.pixels import Epochs, PixelCollator
 from mllm_cl.data.views import VIEWS
 from mllm_cl.drifts import Drift
 from mllm_cl.evaluate import Answer
+from mllm_cl.exemplars import Rehearsal
 from mllm_cl.features import Encoded, Encodes, FeatureBatches, FeatureCache
 from mllm_cl.metrics.answers import metric
 from mllm_cl.metrics.stages import ZERO_SHOT_SCORES
@@ -77,24 +78,38 @@ def check_scored(block: ClassesBlock) -> None:
 
 def check_company(recipe: Recipe, stages: Sequence[Sequence[str]]) -> None:
     """RecipeError for a class alone in its stage, where the method would learn nothing of it."""
-    alone = [names[0] for names in stages if len(names) == 1]
-    if alone and recipe.method.compares_own:
+    told_apart = recipe.method.told_apart
+    looked = stages if told_apart == "own" else stages[:1] if told_apart else []
+    alone = [names[0] for names in looked if len(names) == 1]
+    if alone:
+        what = {"own": "classes of a stage", "all": "the classes so far"}[told_apart]
+        first = alone[0] == stages[0][0] and recipe.classes.first
         raise RecipeError(
-            "classes.increment",
+            "classes.first" if first else "classes.increment",
             f"leaves {alone[0]} alone in its stage, of which {recipe.method_name} would learn "
-            "nothing: it tells classes of a stage from each other. Choose another number or "
-            "increment, or 'stages' that end before",
+            f"nothing: it tells {what} from each other. Choose another number or increment, or "
+            "'stages' that end before",
         )
 
 
 def load(recipe: Recipe, sequence: TaskSequence) -> tuple[nn.Module, PixelCollator]:
     """The backbone without a head, and the collator of what trains."""
     model, pixels = opened(recipe, load_encoder)
+    if isinstance(recipe.method, Rehearsal):
+        _check_room(recipe, model, len(classes_of(sequence, len(sequence))))
     if recipe.method.describes:
         model.descriptions = descriptions_of(recipe.classes, classes_of(sequence))
     view = VIEWS[recipe.method.view] if recipe.method.view else None
     order = classes_of(sequence)
     return model, PixelCollator(pixels, order, training=True, seed=recipe.seed, view=view)
+
+
+def _check_room(recipe: Recipe, model: Classifier, classes: int) -> None:
+    """RecipeError where there will be no room for an exemplar of each class."""
+    try:
+        recipe.method.quota(model, classes)
+    except ValueError as error:
+        raise RecipeError("method", str(error)) from error
 
 
 def around(recipe: Recipe) -> Callable[[Encoder], Classifier]:
@@ -173,7 +188,8 @@ def _batches(place: Place, model: nn.Module, samples: Labelled) -> FeatureBatche
     labels_N = _labels(place, samples)
     name = f"{task.name}-train"
     shown = partial(_shown, place.collator)
-    return FeatureBatches(lambda: _cache(place, model), samples, labels_N, name, shown, sets)
+    cache = partial(_cache, place, model)
+    return FeatureBatches(cache, samples, labels_N, name, shown, sets)
 
 
 def _shown(collator: PixelCollator, samples: Sequence[Sample], epoch: int) -> dict[str, Tensor]:

@@ -117,7 +117,8 @@ def _split_files(folder: Path, side: str, reading: Reading) -> list[Path]:
     problem = "files of several kinds" if own else "no file"
     raise DataError(
         f"has {problem} for the split {side!r}, whose name would have {side!r} in it. Found are: "
-        f"{found}. Name one by args: {{{side}: FILE}}",
+        f"{found}. Name one by args: {{{side}: FILE}}, or keep a part of one set for testing by "
+        "args: {test_share: 0.2}",
         str(folder),
     )
 

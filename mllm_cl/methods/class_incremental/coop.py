@@ -31,10 +31,6 @@ class CoOp(OptionalRehearsal):
     memory_per_class: int | None = 0
     words: int = 16
 
-    @property
-    def compares_own(self) -> bool:
-        return self.memory_per_class == 0
-
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The learnt words in the place of a text's first; they alone train."""
         super().before_task(model, task, memory)
@@ -42,7 +38,7 @@ class CoOp(OptionalRehearsal):
         model.reader, words = attach_words(encoder, model.reader, number=self.words, seed=self.seed)
         scale = encoder.backbone.logit_scale.detach().exp().item()
         model.head = Spoken(encoder.width, encoder.text, scale=scale)
-        model.local = self.compares_own
+        model.local = not self.rehearses
         model.head.hold(len(task.earlier), len(task.labels))
         if task.index:
             model.head.learn((*task.earlier, *task.labels), model.reader)

@@ -41,8 +41,8 @@ class EASE(ClassMethod):
     mode: Literal["paper", "released"] = "paper"
 
     @property
-    def compares_own(self) -> bool:
-        return True
+    def told_apart(self) -> str:
+        return "own"
 
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """The adapters of all tasks so far; the newest acts and trains, with a cosine head."""

@@ -43,6 +43,10 @@ class ICaRL(Rehearsal, Distilling):
         if self.local:
             raise ValueError("found local true, but icarl trains on old classes, too: leave it out")
 
+    @property
+    def told_apart(self) -> str:
+        return "" if self.mode == "paper" else "all"
+
     def head(self, width: int, number: int) -> Linear:
         """Linear; what it answers with is the nearest mean unless settings say otherwise."""
         kind = NearestMean if self.answer == "nearest_mean" else Linear

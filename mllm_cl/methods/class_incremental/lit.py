@@ -30,10 +30,6 @@ class LiT(OptionalRehearsal):
 
     memory_per_class: int | None = 0
 
-    @property
-    def compares_own(self) -> bool:
-        return self.memory_per_class == 0
-
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """All that reads trains."""
         super().before_task(model, task, memory)

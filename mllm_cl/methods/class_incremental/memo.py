@@ -40,6 +40,10 @@ class MEMO(Rehearsal):
     train_base: bool = False
     first: Literal["all", "head"] = "all"
 
+    @property
+    def told_apart(self) -> str:
+        return "all"
+
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """A copy for every task; the newest trains, with a head on all of them."""
         if task.index == 0:

@@ -58,6 +58,10 @@ class Proof(Expanding, OptionalRehearsal):
         super().__post_init__()
         self.check_decay()
 
+    @property
+    def told_apart(self) -> str:
+        return "all"
+
     def before_task(self, model: Classifier, task: Task, memory: Memory) -> None:
         """A projection of each side and a context for every task so far; the newest train."""
         super().before_task(model, task, memory)

@@ -55,6 +55,10 @@ class RanPAC(FirstStageLearner):
         triangle = 4 * self.dim * (self.dim + 1)
         return triangle + 8 * self.dim * model.head.number * num_tasks + 8 * 9
 
+    @property
+    def told_apart(self) -> str:
+        return "" if self.adaptation == "none" else super().told_apart
+
     def _trains(self, task: Task) -> bool:
         return self.adaptation != "none" and super()._trains(task)
 
