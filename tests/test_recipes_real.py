@@ -17,6 +17,7 @@ from own_data import QUESTION, question_rows, write_jsonl
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MLLM_CL_DATA", ROOT.parent / "shared" / "data"))
 NAMES = ("real_small", "real_text")
+PHOTOS = ("caltech100", "cifar10")
 TOY = ["--model.model_name_or_path", "toy:qwen3_vl_moe"]
 
 
@@ -24,7 +25,7 @@ def path_of(name: str) -> str:
     return str(ROOT / "recipes" / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PHOTOS])
 def test_recipes_on_real_data_load_without_the_data(name, monkeypatch):
     monkeypatch.setenv("MLLM_CL_DATA", "nowhere")
     recipe = Recipe.load(path_of(name))
@@ -32,7 +33,7 @@ def test_recipes_on_real_data_load_without_the_data(name, monkeypatch):
     assert all(task.data.startswith("${MLLM_CL_DATA:-../shared/data}/") for task in recipe.tasks)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PHOTOS])
 def test_absent_data_are_one_line_that_says_where_they_were_looked_for(name, monkeypatch, capsys):
     monkeypatch.setenv("MLLM_CL_DATA", "nowhere")
     assert main(["run", path_of(name), *TOY]) == 2
@@ -63,3 +64,15 @@ def test_real_data_are_read_learnt_and_scored(name, tmp_path, monkeypatch):
     assert main(["run", path_of(name), *TOY, *few, f"--output_dir={tmp_path / 'run'}"]) == 0
     rows = json.loads((tmp_path / "run/scores.json").read_text())["rows"]
     assert [row["after"] for row in rows] == ["zero-shot", *[task["name"] for task in tasks]]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no data in {SHARED}")
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photographs_come_in_stages(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLLM_CL_DATA", str(SHARED))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    few = ["--model.model_name_or_path=toy:clip", "--method.name=simplecil", "--classes.stages=2"]
+    few += ["--classes.train_size=2", "--classes.eval_size=1", "--classes.preprocessing=clip"]
+    assert main(["run", path_of(name), *few, f"--output_dir={tmp_path / 'run'}"]) == 0
+    counts = json.loads((tmp_path / "run/scores.json").read_text())["rows"][-1]["counts"]
+    assert list(counts.values()) == ([50, 10] if name == "caltech100" else [4, 2])
