@@ -101,8 +101,7 @@ class Injection(Head):
         from each other one, in each round, with zeros for itself.
         """
         self.rule = discriminant.weights()
-        device = next(self.parameters()).device
-        self.apart_CCRD = None if apart_CCRD is None else apart_CCRD.to(device)
+        self.apart_CCRD = apart_CCRD  # on the CPU: it grows with the square of the classes
 
     def project(self, features_BV: Tensor) -> Tensor:
         """z (B, D)."""
@@ -197,7 +196,8 @@ class Injection(Head):
         """r (B, C): how well pictures fit what is said of their candidates against one another."""
         number = min(self.rules.rerank_top, self.number)
         top_BL = cosine_BC.topk(number, dim=-1).indices
-        apart_BLLRD = self.apart_CCRD[top_BL[:, :, None], top_BL[:, None, :]].to(raw_BD)
+        near_BL = top_BL.to(self.apart_CCRD.device)
+        apart_BLLRD = self.apart_CCRD[near_BL[:, :, None], near_BL[:, None, :]].to(raw_BD)
         mean_BLRD = apart_BLLRD.sum(2) / (number - 1)
         if not self.rules.paper:
             mean_BLRD = functional.normalize(mean_BLRD, dim=-1)

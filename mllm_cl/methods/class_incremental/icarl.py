@@ -27,7 +27,8 @@ class ICaRL(Rehearsal, Distilling):
 
     The answer is argmin_c ‖φ/‖φ‖ − μ_c‖, μ_c the normalised mean of the normalised features of the
     class's exemplars (`answer: linear`: the head's largest logit). Losses are means over images, of
-    exemplars and new ones alike; eq. 1 sums over classes.
+    exemplars and new ones alike; eq. 1 sums over classes. The default is released, since tables
+    that cite iCaRL come from it.
     """
 
     local: bool = False  # exemplars are of old classes

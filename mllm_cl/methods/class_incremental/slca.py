@@ -33,8 +33,10 @@ class SLCA(WholeLearner):
 
     The aligned head answers; the next stage goes on with the one before it, as released.
     `mode: released` draws around (0.9 + 0.1 t_c / t) μ_c, class c being of the t_c-th of t tasks;
-    the paper around μ_c. Defaults: the released configuration for CIFAR-100 (0.01 with SGD, weight
-    decay 5e-4, 20 epochs; LAMDA-PILOT aligns for 3 epochs).
+    the paper around μ_c. Made for SGD: AdamW moves the encoder by `slow` of a rate so far that what
+    is kept of old classes no longer fits (benchmarks/RESULTS.md). Defaults: the released
+    configuration for CIFAR-100 (0.01 with SGD, weight decay 5e-4, 20 epochs; LAMDA-PILOT aligns for
+    3 epochs).
     """
 
     mode: Literal["paper", "released"] = "released"
