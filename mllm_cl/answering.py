@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding
 
 AGAIN = (408, 409, 429, 500, 502, 503, 504)  # after these a server may answer the next time
+NOBODY = (ConnectionRefusedError, socket.gaierror)  # no use in waiting
 TRIES = 6
 LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
 BULLET = re.compile(r"^(?:\d{1,2}[.)]|[-*•–])\s+")
@@ -77,6 +79,9 @@ class Endpoint:
                 wait = _asked_to_wait(error.headers.get("Retry-After"))
             except (OSError, HTTPException, ValueError) as error:  # cut off, or no JSON
                 problem, wait = f"{self.url}: {error}", 0.0
+                nobody = isinstance(error, urllib.error.URLError) and error.reason
+                if isinstance(nobody, NOBODY):
+                    raise Failed(f"{problem}: is the server running there?") from None
             if tried + 1 < TRIES:
                 time.sleep(min(max(wait, self.pause * 2**tried), LONGEST_WAIT))
         raise Failed(f"{problem} ({TRIES} times)")

@@ -20,7 +20,11 @@ from mllm_cl.model.surgery import guard, only_train
 from mllm_cl.task import Sample, Task, kept_samples
 
 # What a recipe of each setting brings, by the key that it stands under.
-SETTINGS = {"instruction": "tasks", "class_incremental": "classes", "retrieval": "retrieval"}
+SETTINGS = {
+    "instruction": "tasks",
+    "class_incremental": "classes",
+    "retrieval": "images with captions",
+}
 
 Batches = Iterable[dict[str, Tensor]]
 Reduce = Callable[[Tensor], Tensor]

@@ -120,6 +120,9 @@ class Imported:
         """The recipe as a file, which names at its top what is not in it."""
         head = [f"# From {source}. What of it is not here:"]
         head += [f"#   {key}: {why}" for key, why in self.unmapped.items()] or ["#   nothing"]
+        model = self.tree["model"]["model_name_or_path"]
+        if model.startswith("converted/"):
+            head.append(f"# recipes/convert.py makes {model}, once.")
         body = yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
         return "\n".join([*head, body])
 
@@ -130,8 +133,9 @@ def imported(path: str | Path) -> Imported:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise RecipeError("import", f"{path} is no JSON file: {reason}") from None
+        reading = isinstance(error, OSError)
+        problem = f"cannot be read: {error.strerror}" if reading else f"is no JSON file: {error}"
+        raise RecipeError("import", f"{path} {problem}") from None
     if not isinstance(config, dict) or not {"model_name", "dataset"} <= config.keys():
         raise RecipeError("import", f"{path} has no 'model_name' and 'dataset', as configs do")
     try:

@@ -248,7 +248,7 @@ def test_a_class_with_nothing_to_train_on_is_said_but_one_with_nothing_to_test_i
         ({"label": 3}, "args.label is 3"),
         ({"number": 0}, "args.number is 0"),
         ({"number": True}, "args.number is True"),
-        ({"number": 9}, "args.number is 9, but there are 5 classes"),
+        ({"number": 9}, "number is 9, but there are 5 classes"),
         ({"classes": ["red", "red"]}, "expected a list of different names"),
         ({"classes": "red"}, "expected a list of different names"),
         ({"classes": ["gren"]}, "did you mean 'green'"),

@@ -3,6 +3,7 @@
 Relative paths count from the working directory.
 """
 
+import difflib
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -293,7 +294,9 @@ def _must_exist(key: str, text: str) -> None:
     path = path or ("/" in text and ":" not in text and Path(text.partition("/")[0]).is_dir())
     path = path and "${" not in text
     if path and not Path(text).expanduser().exists():
-        folder = Path(text).expanduser().parent
-        beside = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []
+        path = Path(text).expanduser()
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
         problem = f"found {text!r}, no such file or folder (from {Path.cwd()})"
-        raise RecipeError(key, problem + nearest(text, beside))
+        raise RecipeError(key, problem + hint)

@@ -52,8 +52,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def unlisted(key: str, value: str, choices: tuple[Any, ...]) -> RecipeError:
     """The error of a text that is none of the choices."""
-    near = nearest(value, map(str, choices))
-    return RecipeError(key, f"found {value!r}, expected {in_words(Literal[choices])}{near}")
+    near = difflib.get_close_matches(value, map(str, choices), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return RecipeError(key, f"found {value!r}, expected {in_words(Literal[choices])}{hint}")
 
 
 def unknown(

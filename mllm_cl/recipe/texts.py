@@ -60,7 +60,8 @@ def check_texts(recipe: "Recipe", names: Sequence[str]) -> None:
     path, texts = block.texts, read_texts(block.texts)
     missing = [name for name in names if name not in texts]
     if missing:
-        problem = f"{path} has no text for {some(missing)}{nearest(missing[0], texts)}"
+        others = [name for name in texts if name not in names]  # which may be misspelt
+        problem = f"{path} has no text for {some(missing)}{nearest(missing[0], others)}"
         raise RecipeError("classes.texts", problem)
     if len(texts) > len(names):  # it may name more than those that are learnt
         args = {key: value for key, value in block.args.items() if key != "classes"}
