@@ -158,6 +158,12 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_and_then_named(server,
         describe({"dog": "dog"}, server.endpoint, tmp_path / "said.json", {"classes"})
 
 
+def test_a_server_that_is_not_there_is_not_waited_for(tmp_path):
+    nobody = Endpoint("http://localhost:1/v1", "wise", pause=600.0)
+    with pytest.raises(Failed, match="is the server running there"):
+        describe(WORDS, nobody, tmp_path / "said.json", {"classes"})
+
+
 def test_no_redirection_is_followed(server, tmp_path):
     server.turns = [302]
     with pytest.raises(Failed, match="302"):

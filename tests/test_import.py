@@ -70,6 +70,7 @@ def test_a_config_of_aper_is_a_recipe_of_aper(tmp_path):
     }
     assert tree["model"] == {"model_name_or_path": "converted/vit-b-16-augreg-in21k"}
     assert found.unmapped.keys() == {"prefix", "device", "vpt_type"}
+    assert "recipes/convert.py makes converted/vit-b-16-augreg-in21k" in found.text("config.json")
 
 
 @pytest.mark.parametrize(
