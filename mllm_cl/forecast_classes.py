@@ -155,6 +155,7 @@ def tell_classes(found: ClassForecast) -> None:
     number = sum(prod(shape) for shape in found.trained.values())
     print(f"{number:,} parameters train; the encoder has {found.parameters:,}")
     console.print(bytes_table(found.launch, found.device_bytes))
+    print("that is the first stage: a copy or an adapter that later ones add comes on top")
     what = "image" if of_classes else "image and caption"
     print(f"features on disk, of every {what} once: {human(found.feature_bytes)}")
     if found.kept_bytes:
