@@ -84,8 +84,7 @@ def main() -> None:
         found += timing.peak_rows(command, names, context)
     print(timing.table("whole runs", found, ("variant", "median_ms", "ratio", "differ")))
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        timing.append(found, arguments.json)
 
 
 if __name__ == "__main__":

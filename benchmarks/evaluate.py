@@ -6,7 +6,6 @@ lengths.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,8 +68,7 @@ def main() -> None:
         found += timing.rows(timings, baseline="batch 1", context=context)
     print(timing.table("evaluate", found, ("model", "variant", "median_ms", "ratio")))
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        timing.append(found, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ be nothing.
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Callable
 
@@ -161,8 +160,7 @@ def main() -> None:
     shown = [{"waits": "", **row} for row in found]
     print(timing.table("experts", shown, columns))
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        timing.append(found, arguments.json)
 
 
 if __name__ == "__main__":

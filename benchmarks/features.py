@@ -10,7 +10,6 @@ earlier stages again.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -125,8 +124,7 @@ def main() -> None:
     print(f"{STAGES} stages: {asked} images answered, {met} encoded, {asked / met:.1f} times fewer")
     found.append(context | {"variant": "encodes avoided", "ratio": round(met / asked, 3)})
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        timing.append(found, arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ which neighbours on the machine disturb less than wall time (the plain Trainer a
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -172,8 +171,7 @@ def main() -> None:
     print(timing.table("overhead, CPU time", trained, ("what", *columns, "calls")))
     print(timing.table("overhead, wall time", started, columns))
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in trained + started)
+        timing.append(trained + started, arguments.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ training as well.
 
 import argparse
 import copy
-import json
 import time
 from dataclasses import dataclass
 
@@ -179,8 +178,7 @@ def main() -> None:
         )
     )
     if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        timing.append(found, arguments.json)
 
 
 if __name__ == "__main__":

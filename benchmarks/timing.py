@@ -94,6 +94,12 @@ def table(title: str, records: list[dict], columns: tuple[str, ...]) -> str:
     return "\n".join([title, *lines])
 
 
+def append(records: list[dict], path: str) -> None:
+    """Put the records at the end of a file, one a line."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def _elapsed(run: Callable[[], object], device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()

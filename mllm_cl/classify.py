@@ -49,7 +49,9 @@ class StageClassifier:
         device, found = next(self.model.parameters()).device, []
         with evaluating(self.model):
             for start in range(0, len(images), AT_ONCE):
-                pixels_BCHW = torch.stack(list(map(self.pixels.test, images[start:][:AT_ONCE])))
+                pixels_BCHW = torch.stack(
+                    list(map(self.pixels.test, images[start : start + AT_ONCE]))
+                )
                 found.append(self.model(pixel_values=pixels_BCHW.to(device)).logits.float().cpu())
         return torch.cat(found) if found else torch.zeros(0, len(self.names))
 

@@ -229,12 +229,12 @@ class OptionalRehearsal(Rehearsal):
     def __post_init__(self) -> None:
         """No exemplars are a choice, too; but none beside some is not."""
         for key in ("memory_size", "budget_mb"):
-            if self.memory_per_class == 0 and vars(self)[key] is not None:
+            if not self.rehearses and vars(self)[key] is not None:
                 raise ValueError(
                     f"found {key} {vars(self)[key]} and memory_per_class 0, which keeps none: set "
                     "'memory_per_class: null'"
                 )
-        if self.memory_per_class != 0:
+        if self.rehearses:
             super().__post_init__()
 
     @property

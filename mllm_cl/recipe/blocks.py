@@ -3,7 +3,6 @@
 Relative paths count from the working directory.
 """
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mllm_cl.metrics.answers import metric
-from mllm_cl.recipe.errors import RecipeError, nearest, shown
+from mllm_cl.recipe.errors import RecipeError, closest, nearest, shown
 from mllm_cl.recipe.hints import Between, Count
 
 # adapter settings stand under `model`, as in TRL, and are read by the method that has such a field
@@ -296,7 +295,7 @@ def _must_exist(key: str, text: str) -> None:
     if path and not Path(text).expanduser().exists():
         path = Path(text).expanduser()
         beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
+        near = closest(path.name, beside)
+        hint = f"; did you mean '{path.parent / near}'?" if near is not None else ""
         problem = f"found {text!r}, no such file or folder (from {Path.cwd()})"
         raise RecipeError(key, problem + hint)

@@ -41,19 +41,24 @@ def shown(value: Any) -> str:
     return f"{short} ({kind.get(type(value), type(value).__name__)})"
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, if any looks like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message: the known name that was probably meant, or all of a few; or ""."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    near = closest(name, known)
+    if near is not None:
+        return f"; did you mean {near!r}?"
     return f"; known are {', '.join(known)}" if 0 < len(known) <= 20 else ""
 
 
 def unlisted(key: str, value: str, choices: tuple[Any, ...]) -> RecipeError:
     """The error of a text that is none of the choices."""
-    near = difflib.get_close_matches(value, map(str, choices), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = closest(value, map(str, choices))
+    hint = f"; did you mean {near!r}?" if near is not None else ""
     return RecipeError(key, f"found {value!r}, expected {in_words(Literal[choices])}{hint}")
 
 
